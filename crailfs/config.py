@@ -1,0 +1,76 @@
+"""What each process needs to know, as plain values. ``crailfs/config_file.py`` makes them from
+``crail.toml``, the environment and the command line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from crailfs.limits import BLOCK_SIZE_DEFAULT_BYTES, OPERATION_TIMEOUT_MS
+from crailfs.records import Tier
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base: immutable, keyword-only, unknown keys are an error."""
+
+
+class Credentials(Config):
+    """What both ends of a connection prove and check in the handshake."""
+
+    cluster_id: bytes
+    """16 bytes; empty on a client: any cluster that knows the secret."""
+    secret: bytes
+
+
+class MetadataConfig(Config):
+    state: Path
+    """Directory of LMDB and the journal; made if it does not exist."""
+    listen: tuple[str, ...]
+    """``unix:/path`` or ``host:port`` (port 0: any free one)."""
+    credentials: Credentials
+    block_size_bytes: int = BLOCK_SIZE_DEFAULT_BYTES
+    """Only for a new name space."""
+
+
+class RegionConfig(Config):
+    tier: Tier
+    path: Path
+    """The file that holds the region: on tmpfs for memory, on any file system for disk."""
+    size_bytes: int
+
+
+class StorageConfig(Config):
+    state: Path
+    """Directory of the server's identity and its clients' life lines."""
+    metadata: str
+    """Address of the metadata server."""
+    listen: tuple[str, ...]
+    """At most one ``unix:/path`` (same-host clients) and at most one ``host:port``."""
+    advertise: str = ""
+    """The host that TCP clients are told to connect to; empty: the one listened on."""
+    host: str = ""
+    """This host's name for placement; empty: the kernel's."""
+    rack: str = ""
+    regions: tuple[RegionConfig, ...]
+    credentials: Credentials
+
+
+class ClientConfig(Config):
+    metadata: str
+    credentials: Credentials
+    host: str = ""
+    """This host's name for placement; empty: the kernel's."""
+    transports: tuple[str, ...] = ("local", "tcp")
+    """Tried in this order for each storage server."""
+    operation_timeout_ms: int = OPERATION_TIMEOUT_MS
+
+
+class MountConfig(Config):
+    client: ClientConfig
+    mountpoint: Path
+    allow_other: bool = True
+    read_ahead_kib: int = 1024
+    foreground_ready_fd: int = -1
+    """A descriptor that gets one byte when the mount is usable; -1: none."""

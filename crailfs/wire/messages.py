@@ -1,0 +1,590 @@
+"""Every message of the protocol: opcode, request, reply.
+
+A request is a MessagePack array of its fields; its reply is the array of the reply type, or an
+error frame whose status is ``CrailError.wire_code`` and whose body is one string. The opcode's
+row in ``OPERATIONS`` says which types belong together, whether the request changes state (then
+the server answers a replayed one from memory, exactly once), and whether a payload follows.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from crailfs.records import (
+    Attributes,
+    Durability,
+    Extent,
+    NodeKind,
+    PlacedRegion,
+    Record,
+    RegionInfo,
+    Run,
+    StorageClass,
+    StorageServerInfo,
+    Tier,
+)
+
+
+Message = Record
+"""A message body is a record: some replies are just one (``Attributes``)."""
+
+
+class Empty(Message):
+    pass
+
+
+# --- connection ---------------------------------------------------------------------------------
+
+
+class Role(enum.IntEnum):
+    CLIENT = 1
+    STORAGE_SERVER = 2
+    METADATA_SERVER = 3
+    OPERATOR = 4
+    """Status, fsck: no session, no lease."""
+
+
+class Hello(Message):
+    """First frame of whoever connects."""
+
+    version: int
+    role: Role
+    client_id: int
+    nonce: bytes
+    """32 random bytes."""
+    cluster_id: bytes
+    """16 bytes; empty: whichever cluster answers (the secret still has to match)."""
+
+
+class Challenge(Message):
+    version: int
+    cluster_id: bytes
+    server_epoch: int
+    """Grows by one each time the server starts."""
+    nonce: bytes
+    proof: bytes
+    """HMAC-SHA256 of both nonces and both identities under the cluster's secret."""
+
+
+class Proof(Message):
+    proof: bytes
+
+
+class Welcome(Message):
+    session_is_new: bool
+    """True: the server knew no live session of this client, so grants and leases are gone."""
+    lease_ms: int
+
+
+# --- session ------------------------------------------------------------------------------------
+
+
+class KeepAlive(Message):
+    completed_below: int
+    """Every request with a lower id has been answered: remembered replies may go."""
+    renew: tuple[int, ...]
+    """Inodes that are open: their leases are extended."""
+
+
+class KeepAliveReply(Message):
+    gone: tuple[int, ...]
+    """Of ``renew``: nodes that no longer exist."""
+
+
+class Invalidation(Message):
+    ino: int
+    name: bytes
+    """The directory entry that changed; empty: the node itself."""
+    removed: bool
+    """The node has lost its last name; say in the answer whether it is open here."""
+
+
+class Invalidate(Message):
+    """Pushed by the metadata server: drop these from every cache, then answer."""
+
+    entries: tuple[Invalidation, ...]
+
+
+class InvalidateReply(Message):
+    still_open: tuple[int, ...]
+
+
+class ReleaseInodes(Message):
+    """These unlinked nodes are no longer open at this client."""
+
+    inodes: tuple[int, ...]
+
+
+# --- name space ---------------------------------------------------------------------------------
+
+
+class Lookup(Message):
+    parent: int
+    name: bytes
+
+
+class GetAttributes(Message):
+    ino: int
+
+
+class SetAttributes(Message):
+    """``None`` leaves a field as it is; ctime becomes now."""
+
+    ino: int
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+class CreateNode(Message):
+    """``None`` inherits from the parent directory.
+
+    With ``exclusive`` an existing name is an error; otherwise an existing file is returned.
+    """
+
+    parent: int
+    name: bytes
+    kind: NodeKind
+    mode: int
+    uid: int
+    gid: int
+    rdev: int = 0
+    target: bytes = b""
+    exclusive: bool = True
+    storage_class: StorageClass | None = None
+    location: str | None = None
+    durability: Durability | None = None
+    allocation_blocks: int | None = None
+
+
+class CreateReply(Message):
+    attributes: Attributes
+    created: bool
+
+
+class RemoveNode(Message):
+    parent: int
+    name: bytes
+    directory: bool
+    """True: remove an empty directory (rmdir); False: anything else (unlink)."""
+    not_open: int = 0
+    """The inode that the client believes the name to be and knows not to have open: freed at once
+    if so. Any other inode that loses its last name is held for this client until it releases it."""
+
+
+class RemoveReply(Message):
+    ino: int
+    nlink: int
+    held: bool
+    """The node lives on, held for the asking client: it must send ``ReleaseInodes``."""
+    parent: Attributes
+
+
+class RenameFlag(enum.IntFlag):
+    NONE = 0
+    NO_REPLACE = 1
+    EXCHANGE = 2
+
+
+class RenameNode(Message):
+    parent: int
+    name: bytes
+    new_parent: int
+    new_name: bytes
+    flags: RenameFlag = RenameFlag.NONE
+    not_open: int = 0
+    """As in ``RemoveNode``, of the node that is replaced."""
+
+
+class RenameReply(Message):
+    moved: Attributes
+    replaced_ino: int
+    replaced_held: bool
+    parent: Attributes
+    new_parent: Attributes
+
+
+class LinkNode(Message):
+    ino: int
+    new_parent: int
+    new_name: bytes
+
+
+class ReadDirectory(Message):
+    ino: int
+    after_name: bytes
+    """The last name already seen; empty for the first page. Names come in byte order."""
+    entry_limit: int
+
+
+class DirectoryEntry(Message):
+    name: bytes
+    attributes: Attributes
+
+
+class DirectoryPage(Message):
+    entries: tuple[DirectoryEntry, ...]
+    complete: bool
+
+
+class GetXattr(Message):
+    ino: int
+    name: bytes
+
+
+class XattrValue(Message):
+    value: bytes
+
+
+class XattrFlag(enum.IntFlag):
+    NONE = 0
+    CREATE = 1
+    REPLACE = 2
+
+
+class SetXattr(Message):
+    """Names under ``user.crail.`` read and set the node's placement."""
+
+    ino: int
+    name: bytes
+    value: bytes
+    flags: XattrFlag = XattrFlag.NONE
+
+
+class RemoveXattr(Message):
+    ino: int
+    name: bytes
+
+
+class ListXattr(Message):
+    ino: int
+
+
+class XattrNames(Message):
+    names: tuple[bytes, ...]
+
+
+class TierStatistics(Message):
+    tier: Tier
+    total_blocks: int
+    free_blocks: int
+    """Counting what awaits reclaim: it comes back by itself."""
+
+
+class GetStatistics(Message):
+    pass
+
+
+class Statistics(Message):
+    block_size_bytes: int
+    node_count: int
+    tiers: tuple[TierStatistics, ...]
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+class GetExtents(Message):
+    ino: int
+    first_block: int
+    block_count: int
+
+
+class ExtentPage(Message):
+    """Extents that touch the asked range, in order; what none covers is a hole."""
+
+    extents: tuple[Extent, ...]
+    next_block: int
+    """Where to ask on, if the page was cut; otherwise the end of the asked range."""
+    attributes: Attributes
+
+
+class GrantBlocks(Message):
+    storage_class: StorageClass
+    location: str
+    """Preferred host or rack; empty: ``host``."""
+    host: str
+    """The asking client's host."""
+    block_count: int
+    contiguous_blocks: int
+    """Runs at least this long where there are any."""
+
+
+class Grant(Message):
+    """May be fewer blocks than asked, never none."""
+
+    runs: tuple[Run, ...]
+
+
+class ReturnBlocks(Message):
+    runs: tuple[Run, ...]
+
+
+class BaseBlock(Message):
+    """What a partly written block was built on."""
+
+    file_block: int
+    generation: int
+    """Of the block whose bytes were kept; 0: a hole."""
+
+
+class CommitFile(Message):
+    """Publish blocks that are written and flushed. All or nothing.
+
+    Fails with ``ConflictError`` if a block named in ``bases`` is no longer the one that was built
+    upon: somebody else committed in between, and their bytes must be merged first.
+    """
+
+    ino: int
+    extents: tuple[Extent, ...]
+    bases: tuple[BaseBlock, ...]
+    minimum_size: int
+    """The file is at least this long afterwards."""
+    mtime_ns: int
+    unused: tuple[Run, ...] = ()
+    """Granted blocks given back in the same step."""
+    durable: bool = False
+    """Answer only when the commit outlives a power cut (fsync)."""
+
+
+class PutKeyValue(Message):
+    """Create or replace a KEYVALUE of a TABLE in one step."""
+
+    table: int
+    key: bytes
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    extents: tuple[Extent, ...]
+    unused: tuple[Run, ...] = ()
+
+
+class SyncMetadata(Message):
+    """Answered when everything acknowledged before outlives a power cut."""
+
+
+# --- membership and operation -------------------------------------------------------------------
+
+
+class RegisterStorage(Message):
+    server: StorageServerInfo
+    regions: tuple[RegionInfo, ...]
+
+
+class RegisterReply(Message):
+    region_ids: tuple[int, ...]
+    """In the order asked."""
+    fence: tuple[int, ...]
+    """Clients that must be cut off; answer in the next heartbeat's ``fenced``."""
+
+
+class RegionState(Message):
+    region_id: int
+    usable_blocks: int
+    """Blocks from the region's start that may be handed out already (memory is provisioned in
+    the background)."""
+    failed_blocks: tuple[int, ...]
+    """Never to be handed out again."""
+
+
+class StorageHeartbeat(Message):
+    server_id: bytes
+    regions: tuple[RegionState, ...]
+    fenced: tuple[int, ...]
+    """Clients that can no longer reach any block of this server by an old grant."""
+
+
+class HeartbeatReply(Message):
+    known: bool
+    """False: register again."""
+    fence: tuple[int, ...]
+    high_water_blocks: tuple[int, ...]
+    """Per region: one past the highest block handed out; provisioning stays ahead of it."""
+
+
+class GetClusterMap(Message):
+    pass
+
+
+class ClusterMap(Message):
+    cluster_id: bytes
+    block_size_bytes: int
+    servers: tuple[StorageServerInfo, ...]
+    regions: tuple[PlacedRegion, ...]
+
+
+class GetStatus(Message):
+    pass
+
+
+class Status(Message):
+    """For ``crail status``: the map, use and the metadata server's own counters."""
+
+    cluster: ClusterMap
+    statistics: Statistics
+    session_count: int
+    epoch: int
+    uptime_seconds: float
+    counters: dict[str, int]
+
+
+class Audit(Message):
+    pass
+
+
+class AuditReply(Message):
+    findings: tuple[str, ...]
+    """Broken invariants, for people; empty: none."""
+    counts: dict[str, int]
+
+
+# --- storage ------------------------------------------------------------------------------------
+
+
+class AttachRegions(Message):
+    """Unix sockets only: the reply comes with one file descriptor a region, in order, and last
+    one descriptor of the client's life line (see docs/design.md, fencing)."""
+
+    client_id: int
+
+
+class AttachedRegion(Message):
+    region_id: int
+    tier: Tier
+    block_size_bytes: int
+    block_count: int
+    data_offset: int
+    """Where block 0 begins in the file, in bytes: before it lies the superblock."""
+    mappable: bool
+    """Whether to reach it by mmap (memory) or by pread and pwrite (files on disk)."""
+
+
+class AttachReply(Message):
+    regions: tuple[AttachedRegion, ...]
+
+
+class ReadBlocks(Message):
+    """The reply's payload is ``byte_count`` bytes from ``offset`` on, in bytes from the region's
+    first block."""
+
+    region: int
+    offset: int
+    byte_count: int
+
+
+class WriteBlocks(Message):
+    """The request's payload goes to ``offset``; refused if the block has a newer generation."""
+
+    region: int
+    offset: int
+    generation: int
+
+
+class FlushRegion(Message):
+    """Answered when all that this connection wrote to the region is as durable as it can be."""
+
+    region: int
+
+
+class FlushReply(Message):
+    durable: bool
+
+
+class StorageStatus(Message):
+    pass
+
+
+class StorageStatusReply(Message):
+    counters: dict[str, int]
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+class Operation(NamedTuple):
+    request: type[Message]
+    reply: type[Message]
+    mutates: bool = False
+    request_payload: bool = False
+    reply_payload: bool = False
+
+
+class Opcode(enum.IntEnum):
+    HELLO = 1
+    PROOF = 2
+    KEEP_ALIVE = 10
+    INVALIDATE = 11
+    RELEASE_INODES = 12
+    LOOKUP = 20
+    GET_ATTRIBUTES = 21
+    SET_ATTRIBUTES = 22
+    CREATE_NODE = 23
+    REMOVE_NODE = 24
+    RENAME_NODE = 25
+    LINK_NODE = 26
+    READ_DIRECTORY = 27
+    GET_XATTR = 28
+    SET_XATTR = 29
+    REMOVE_XATTR = 30
+    LIST_XATTR = 31
+    GET_STATISTICS = 32
+    GET_EXTENTS = 40
+    GRANT_BLOCKS = 41
+    RETURN_BLOCKS = 42
+    COMMIT_FILE = 43
+    PUT_KEY_VALUE = 44
+    SYNC_METADATA = 45
+    REGISTER_STORAGE = 60
+    STORAGE_HEARTBEAT = 61
+    GET_CLUSTER_MAP = 62
+    GET_STATUS = 63
+    AUDIT = 64
+    ATTACH_REGIONS = 80
+    READ_BLOCKS = 81
+    WRITE_BLOCKS = 82
+    FLUSH_REGION = 83
+    STORAGE_STATUS = 84
+
+
+OPERATIONS: dict[Opcode, Operation] = {
+    Opcode.HELLO: Operation(Hello, Challenge),
+    Opcode.PROOF: Operation(Proof, Welcome),
+    Opcode.KEEP_ALIVE: Operation(KeepAlive, KeepAliveReply),
+    Opcode.INVALIDATE: Operation(Invalidate, InvalidateReply),
+    Opcode.RELEASE_INODES: Operation(ReleaseInodes, Empty, mutates=True),
+    Opcode.LOOKUP: Operation(Lookup, Attributes),
+    Opcode.GET_ATTRIBUTES: Operation(GetAttributes, Attributes),
+    Opcode.SET_ATTRIBUTES: Operation(SetAttributes, Attributes, mutates=True),
+    Opcode.CREATE_NODE: Operation(CreateNode, CreateReply, mutates=True),
+    Opcode.REMOVE_NODE: Operation(RemoveNode, RemoveReply, mutates=True),
+    Opcode.RENAME_NODE: Operation(RenameNode, RenameReply, mutates=True),
+    Opcode.LINK_NODE: Operation(LinkNode, Attributes, mutates=True),
+    Opcode.READ_DIRECTORY: Operation(ReadDirectory, DirectoryPage),
+    Opcode.GET_XATTR: Operation(GetXattr, XattrValue),
+    Opcode.SET_XATTR: Operation(SetXattr, Empty, mutates=True),
+    Opcode.REMOVE_XATTR: Operation(RemoveXattr, Empty, mutates=True),
+    Opcode.LIST_XATTR: Operation(ListXattr, XattrNames),
+    Opcode.GET_STATISTICS: Operation(GetStatistics, Statistics),
+    Opcode.GET_EXTENTS: Operation(GetExtents, ExtentPage),
+    Opcode.GRANT_BLOCKS: Operation(GrantBlocks, Grant, mutates=True),
+    Opcode.RETURN_BLOCKS: Operation(ReturnBlocks, Empty, mutates=True),
+    Opcode.COMMIT_FILE: Operation(CommitFile, Attributes, mutates=True),
+    Opcode.PUT_KEY_VALUE: Operation(PutKeyValue, Attributes, mutates=True),
+    Opcode.SYNC_METADATA: Operation(SyncMetadata, Empty),
+    Opcode.REGISTER_STORAGE: Operation(RegisterStorage, RegisterReply, mutates=True),
+    Opcode.STORAGE_HEARTBEAT: Operation(StorageHeartbeat, HeartbeatReply, mutates=True),
+    Opcode.GET_CLUSTER_MAP: Operation(GetClusterMap, ClusterMap),
+    Opcode.GET_STATUS: Operation(GetStatus, Status),
+    Opcode.AUDIT: Operation(Audit, AuditReply),
+    Opcode.ATTACH_REGIONS: Operation(AttachRegions, AttachReply),
+    Opcode.READ_BLOCKS: Operation(ReadBlocks, Empty, reply_payload=True),
+    Opcode.WRITE_BLOCKS: Operation(WriteBlocks, Empty, mutates=True, request_payload=True),
+    Opcode.FLUSH_REGION: Operation(FlushRegion, FlushReply),
+    Opcode.STORAGE_STATUS: Operation(StorageStatus, StorageStatusReply),
+}
+assert set(OPERATIONS) == set(Opcode), "every opcode has its row"

@@ -1,0 +1,172 @@
+"""The authority on what the metadata server stores: each table's key, value, meaning, invariant
+and keeper. ``audit.py`` checks the invariants; nothing else knows a table's bytes.
+
+All integers in keys are big-endian, so that LMDB's byte order is numeric order. Values are
+MessagePack records (``crailfs.records`` where the wire has the same thing). One named LMDB
+database a table.
+
+    table      key                              value
+    ---------  -------------------------------  --------------------------------------------------
+    state      name (ASCII)                     MessagePack scalar
+    nodes      ino u64                          Attributes
+    entries    parent ino u64, name bytes       ino u64 (big-endian)
+    extents    ino u64, file block u64          Extent
+    xattrs     ino u64, name bytes              bytes
+    free       region u32, block u64            block count u64
+    grants     client u64, region u32, block u64   Granted
+    reclaim    sequence u64, region u32, block u64   Granted
+    orphans    ino u64, client u64              empty
+    sessions   client u64                       Session
+    replies    client u64, request id u64       opcode or status u16 (big-endian), body bytes
+    servers    server id 16 B                   StoredServer
+    regions    region u32                       StoredRegion
+
+Invariants
+    I1  Every block of every region below its ``usable_blocks`` is in exactly one of: ``free``; one
+        extent's replica; ``grants``; ``reclaim``; the region's ``failed`` list. Kept by ops that
+        take or give space, through ``space.py`` alone.
+    I2  ``free`` runs of one region neither overlap nor touch.
+    I3  Every entry's ino is in ``nodes``; every node but the root and the orphans has as many
+        entries as its ``nlink`` says (directories: one entry; nlink = 2 + number of child
+        directories). Kept by the name space ops.
+    I4  A node in ``orphans`` has nlink 0, and a node with nlink 0 is in ``orphans``.
+    I5  A directory's ``size`` is its number of entries; its ``parent`` holds it.
+    I6  A node's ``block_count`` is the sum of its extents' block counts; extents of one node do not
+        overlap; checksums are 8 bytes a block; nothing visible lies beyond ``size``.
+    I7  A MULTIFILE's entries are FILEs; a TABLE's are KEYVALUEs, and KEYVALUEs are nowhere else.
+    I8  Every grant's client is in ``sessions``.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import msgspec
+
+from crailfs.records import Attributes, Extent, Record, RegionInfo, StorageServerInfo
+
+FORMAT_VERSION: Final = 1
+"""In ``state`` under ``format_version``; another one is refused with what to do."""
+
+STATE: Final = b"state"
+NODES: Final = b"nodes"
+ENTRIES: Final = b"entries"
+EXTENTS: Final = b"extents"
+XATTRS: Final = b"xattrs"
+FREE: Final = b"free"
+GRANTS: Final = b"grants"
+RECLAIM: Final = b"reclaim"
+ORPHANS: Final = b"orphans"
+SESSIONS: Final = b"sessions"
+REPLIES: Final = b"replies"
+SERVERS: Final = b"servers"
+REGIONS: Final = b"regions"
+
+TABLES: Final = (
+    STATE, NODES, ENTRIES, EXTENTS, XATTRS, FREE, GRANTS, RECLAIM, ORPHANS, SESSIONS, REPLIES,
+    SERVERS, REGIONS,
+)  # fmt: skip
+"""In the order of their numbers in the journal: only ever appended to."""
+
+STATE_KEYS: Final = (
+    b"format_version",  # int
+    b"cluster_id",  # 16 bytes
+    b"block_size_bytes",  # int; fixed when the name space is made
+    b"epoch",  # int; +1 at each start
+    b"next_ino",  # int; never reused
+    b"next_generation",  # int; of grants, never reused
+    b"next_region",  # int
+    b"next_reclaim",  # int; sequence of reclaim entries
+    b"journal_sequence",  # int; the last journal record that this LMDB state contains
+    b"node_count",  # int; rows of nodes, orphans included
+    b"clean",  # bool; False while a server is running
+)
+
+
+class Granted(Record):
+    """Blocks that a client may be writing, or that wait to be free again."""
+
+    block_count: int
+    generation: int
+    client: int
+    """Who may still write there (reclaim: 0 when nobody can)."""
+
+
+class Session(Record):
+    client: int
+    host: str
+    completed_below: int
+    """Request ids below this are answered and forgotten."""
+    fence_pending: tuple[bytes, ...] = ()
+    """Storage servers that have not yet said that they cut this expired client off; the row goes
+    when it is empty."""
+    expired: bool = False
+
+
+class StoredServer(Record):
+    info: StorageServerInfo
+
+
+class StoredRegion(Record):
+    info: RegionInfo
+    server_id: bytes
+    usable_blocks: int
+    failed: tuple[int, ...] = ()
+    lost: bool = False
+    """The server came back without it."""
+
+
+_U64 = struct.Struct(">Q")
+_INO_BLOCK = struct.Struct(">QQ")
+_REGION = struct.Struct(">I")
+_REGION_BLOCK = struct.Struct(">IQ")
+_OWNER_REGION_BLOCK = struct.Struct(">QIQ")
+
+node_key = _U64.pack
+ino_value = _U64.pack
+region_key = _REGION.pack
+extent_key = _INO_BLOCK.pack
+free_key = _REGION_BLOCK.pack
+grant_key = _OWNER_REGION_BLOCK.pack
+reclaim_key = _OWNER_REGION_BLOCK.pack
+orphan_key = _INO_BLOCK.pack
+session_key = _U64.pack
+reply_key = _INO_BLOCK.pack
+
+
+def entry_key(parent: int, name: bytes) -> bytes:
+    return _U64.pack(parent) + name
+
+
+def xattr_key(ino: int, name: bytes) -> bytes:
+    return _U64.pack(ino) + name
+
+
+def unpack_u64(value: bytes) -> int:
+    return int(_U64.unpack(value)[0])
+
+
+def unpack_ino_block(key: bytes) -> tuple[int, int]:
+    first, second = _INO_BLOCK.unpack(key)
+    return first, second
+
+
+def unpack_region_block(key: bytes) -> tuple[int, int]:
+    region, block = _REGION_BLOCK.unpack(key)
+    return region, block
+
+
+def unpack_owner_region_block(key: bytes) -> tuple[int, int, int]:
+    owner, region, block = _OWNER_REGION_BLOCK.unpack(key)
+    return owner, region, block
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_attributes = msgspec.msgpack.Decoder(Attributes).decode
+decode_extent = msgspec.msgpack.Decoder(Extent).decode
+decode_granted = msgspec.msgpack.Decoder(Granted).decode
+decode_session = msgspec.msgpack.Decoder(Session).decode
+decode_server = msgspec.msgpack.Decoder(StoredServer).decode
+decode_region = msgspec.msgpack.Decoder(StoredRegion).decode
+decode_scalar = msgspec.msgpack.Decoder().decode
