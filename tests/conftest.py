@@ -1,0 +1,19 @@
+"""Runs ``async def`` tests under trio; each test has the time limit that pyproject.toml sets."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import pytest
+import trio
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    trio.run(functools.partial(pyfuncitem.obj, **arguments))
+    return True
