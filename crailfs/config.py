@@ -16,7 +16,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base: immutable, keyword-only, unknown keys are an error."""
 
 
-class Credentials(Config):
+class Credentials(Config, frozen=True, kw_only=True):
     """What both ends of a connection prove and check in the handshake."""
 
     cluster_id: bytes
@@ -24,7 +24,7 @@ class Credentials(Config):
     secret: bytes
 
 
-class MetadataConfig(Config):
+class MetadataConfig(Config, frozen=True, kw_only=True):
     state: Path
     """Directory of LMDB and the journal; made if it does not exist."""
     listen: tuple[str, ...]
@@ -34,14 +34,14 @@ class MetadataConfig(Config):
     """Only for a new name space."""
 
 
-class RegionConfig(Config):
+class RegionConfig(Config, frozen=True, kw_only=True):
     tier: Tier
     path: Path
     """The file that holds the region: on tmpfs for memory, on any file system for disk."""
     size_bytes: int
 
 
-class StorageConfig(Config):
+class StorageConfig(Config, frozen=True, kw_only=True):
     state: Path
     """Directory of the server's identity and its clients' life lines."""
     metadata: str
@@ -57,7 +57,7 @@ class StorageConfig(Config):
     credentials: Credentials
 
 
-class ClientConfig(Config):
+class ClientConfig(Config, frozen=True, kw_only=True):
     metadata: str
     credentials: Credentials
     host: str = ""
@@ -67,7 +67,7 @@ class ClientConfig(Config):
     operation_timeout_ms: int = OPERATION_TIMEOUT_MS
 
 
-class MountConfig(Config):
+class MountConfig(Config, frozen=True, kw_only=True):
     client: ClientConfig
     mountpoint: Path
     allow_other: bool = True

@@ -67,7 +67,7 @@ class Durability(enum.IntEnum):
     CLOSE = 1
 
 
-class StorageClass(Record):
+class StorageClass(Record, frozen=True):
     """The tiers that may hold a node's blocks: from ``first`` down to ``last``, in that order."""
 
     first: Tier = Tier.PMEM
@@ -99,7 +99,7 @@ class StorageClass(Record):
 ANY_TIER = StorageClass()
 
 
-class Placement(Record):
+class Placement(Record, frozen=True):
     """How a node's data is stored; a directory's is inherited by what is created in it."""
 
     storage_class: StorageClass = ANY_TIER
@@ -112,7 +112,7 @@ class Placement(Record):
     replicas: int = 1
 
 
-class Attributes(Record):
+class Attributes(Record, frozen=True):
     """One node of the name space. Times are nanoseconds since the epoch and may be negative."""
 
     ino: int
@@ -148,7 +148,7 @@ class Attributes(Record):
         return self.kind in DIRECTORY_KINDS
 
 
-class Location(Record):
+class Location(Record, frozen=True):
     """Where one replica of a run of blocks lies."""
 
     region: int
@@ -157,7 +157,7 @@ class Location(Record):
     """Of the grant that it was written under."""
 
 
-class Extent(Record):
+class Extent(Record, frozen=True):
     """Blocks that are next to each other in their file and, in each replica, in their region.
 
     All blocks but the last are full. Of the last, ``tail_stored_bytes`` were written and are under
@@ -174,7 +174,7 @@ class Extent(Record):
     """XXH3-64 of each block's stored bytes, little-endian, 8 bytes a block."""
 
 
-class Run(Record):
+class Run(Record, frozen=True):
     """Blocks next to each other in one region, granted to a client under one generation."""
 
     region: int
@@ -183,7 +183,7 @@ class Run(Record):
     generation: int
 
 
-class RegionInfo(Record):
+class RegionInfo(Record, frozen=True):
     """A region as its storage server describes it when it registers."""
 
     uuid: bytes
@@ -197,7 +197,7 @@ class RegionInfo(Record):
     """For people: the path or device."""
 
 
-class PlacedRegion(Record):
+class PlacedRegion(Record, frozen=True):
     """A region as clients see it in the cluster map."""
 
     id: int
@@ -205,7 +205,7 @@ class PlacedRegion(Record):
     info: RegionInfo
 
 
-class StorageServerInfo(Record):
+class StorageServerInfo(Record, frozen=True):
     id: bytes
     """16 bytes, kept in the server's state directory."""
     host: str

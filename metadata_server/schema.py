@@ -84,7 +84,7 @@ STATE_KEYS: Final = (
 )
 
 
-class Granted(Record):
+class Granted(Record, frozen=True):
     """Blocks that a client may be writing, or that wait to be free again."""
 
     block_count: int
@@ -93,7 +93,7 @@ class Granted(Record):
     """Who may still write there (reclaim: 0 when nobody can)."""
 
 
-class Session(Record):
+class Session(Record, frozen=True):
     client: int
     host: str
     completed_below: int
@@ -104,11 +104,11 @@ class Session(Record):
     expired: bool = False
 
 
-class StoredServer(Record):
+class StoredServer(Record, frozen=True):
     info: StorageServerInfo
 
 
-class StoredRegion(Record):
+class StoredRegion(Record, frozen=True):
     info: RegionInfo
     server_id: bytes
     usable_blocks: int

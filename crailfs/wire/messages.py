@@ -30,7 +30,7 @@ Message = Record
 """A message body is a record: some replies are just one (``Attributes``)."""
 
 
-class Empty(Message):
+class Empty(Message, frozen=True):
     pass
 
 
@@ -45,7 +45,7 @@ class Role(enum.IntEnum):
     """Status, fsck: no session, no lease."""
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First frame of whoever connects."""
 
     version: int
@@ -57,7 +57,7 @@ class Hello(Message):
     """16 bytes; empty: whichever cluster answers (the secret still has to match)."""
 
 
-class Challenge(Message):
+class Challenge(Message, frozen=True):
     version: int
     cluster_id: bytes
     server_epoch: int
@@ -67,11 +67,11 @@ class Challenge(Message):
     """HMAC-SHA256 of both nonces and both identities under the cluster's secret."""
 
 
-class Proof(Message):
+class Proof(Message, frozen=True):
     proof: bytes
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     session_is_new: bool
     """True: the server knew no live session of this client, so grants and leases are gone."""
     lease_ms: int
@@ -80,19 +80,19 @@ class Welcome(Message):
 # --- session ------------------------------------------------------------------------------------
 
 
-class KeepAlive(Message):
+class KeepAlive(Message, frozen=True):
     completed_below: int
     """Every request with a lower id has been answered: remembered replies may go."""
     renew: tuple[int, ...]
     """Inodes that are open: their leases are extended."""
 
 
-class KeepAliveReply(Message):
+class KeepAliveReply(Message, frozen=True):
     gone: tuple[int, ...]
     """Of ``renew``: nodes that no longer exist."""
 
 
-class Invalidation(Message):
+class Invalidation(Message, frozen=True):
     ino: int
     name: bytes
     """The directory entry that changed; empty: the node itself."""
@@ -100,17 +100,17 @@ class Invalidation(Message):
     """The node has lost its last name; say in the answer whether it is open here."""
 
 
-class Invalidate(Message):
+class Invalidate(Message, frozen=True):
     """Pushed by the metadata server: drop these from every cache, then answer."""
 
     entries: tuple[Invalidation, ...]
 
 
-class InvalidateReply(Message):
+class InvalidateReply(Message, frozen=True):
     still_open: tuple[int, ...]
 
 
-class ReleaseInodes(Message):
+class ReleaseInodes(Message, frozen=True):
     """These unlinked nodes are no longer open at this client."""
 
     inodes: tuple[int, ...]
@@ -119,16 +119,16 @@ class ReleaseInodes(Message):
 # --- name space ---------------------------------------------------------------------------------
 
 
-class Lookup(Message):
+class Lookup(Message, frozen=True):
     parent: int
     name: bytes
 
 
-class GetAttributes(Message):
+class GetAttributes(Message, frozen=True):
     ino: int
 
 
-class SetAttributes(Message):
+class SetAttributes(Message, frozen=True):
     """``None`` leaves a field as it is; ctime becomes now."""
 
     ino: int
@@ -140,7 +140,7 @@ class SetAttributes(Message):
     mtime_ns: int | None = None
 
 
-class CreateNode(Message):
+class CreateNode(Message, frozen=True):
     """``None`` inherits from the parent directory.
 
     With ``exclusive`` an existing name is an error; otherwise an existing file is returned.
@@ -161,12 +161,12 @@ class CreateNode(Message):
     allocation_blocks: int | None = None
 
 
-class CreateReply(Message):
+class CreateReply(Message, frozen=True):
     attributes: Attributes
     created: bool
 
 
-class RemoveNode(Message):
+class RemoveNode(Message, frozen=True):
     parent: int
     name: bytes
     directory: bool
@@ -176,7 +176,7 @@ class RemoveNode(Message):
     if so. Any other inode that loses its last name is held for this client until it releases it."""
 
 
-class RemoveReply(Message):
+class RemoveReply(Message, frozen=True):
     ino: int
     nlink: int
     held: bool
@@ -190,7 +190,7 @@ class RenameFlag(enum.IntFlag):
     EXCHANGE = 2
 
 
-class RenameNode(Message):
+class RenameNode(Message, frozen=True):
     parent: int
     name: bytes
     new_parent: int
@@ -200,7 +200,7 @@ class RenameNode(Message):
     """As in ``RemoveNode``, of the node that is replaced."""
 
 
-class RenameReply(Message):
+class RenameReply(Message, frozen=True):
     moved: Attributes
     replaced_ino: int
     replaced_held: bool
@@ -208,35 +208,35 @@ class RenameReply(Message):
     new_parent: Attributes
 
 
-class LinkNode(Message):
+class LinkNode(Message, frozen=True):
     ino: int
     new_parent: int
     new_name: bytes
 
 
-class ReadDirectory(Message):
+class ReadDirectory(Message, frozen=True):
     ino: int
     after_name: bytes
     """The last name already seen; empty for the first page. Names come in byte order."""
     entry_limit: int
 
 
-class DirectoryEntry(Message):
+class DirectoryEntry(Message, frozen=True):
     name: bytes
     attributes: Attributes
 
 
-class DirectoryPage(Message):
+class DirectoryPage(Message, frozen=True):
     entries: tuple[DirectoryEntry, ...]
     complete: bool
 
 
-class GetXattr(Message):
+class GetXattr(Message, frozen=True):
     ino: int
     name: bytes
 
 
-class XattrValue(Message):
+class XattrValue(Message, frozen=True):
     value: bytes
 
 
@@ -246,7 +246,7 @@ class XattrFlag(enum.IntFlag):
     REPLACE = 2
 
 
-class SetXattr(Message):
+class SetXattr(Message, frozen=True):
     """Names under ``user.crail.`` read and set the node's placement."""
 
     ino: int
@@ -255,31 +255,31 @@ class SetXattr(Message):
     flags: XattrFlag = XattrFlag.NONE
 
 
-class RemoveXattr(Message):
+class RemoveXattr(Message, frozen=True):
     ino: int
     name: bytes
 
 
-class ListXattr(Message):
+class ListXattr(Message, frozen=True):
     ino: int
 
 
-class XattrNames(Message):
+class XattrNames(Message, frozen=True):
     names: tuple[bytes, ...]
 
 
-class TierStatistics(Message):
+class TierStatistics(Message, frozen=True):
     tier: Tier
     total_blocks: int
     free_blocks: int
     """Counting what awaits reclaim: it comes back by itself."""
 
 
-class GetStatistics(Message):
+class GetStatistics(Message, frozen=True):
     pass
 
 
-class Statistics(Message):
+class Statistics(Message, frozen=True):
     block_size_bytes: int
     node_count: int
     tiers: tuple[TierStatistics, ...]
@@ -288,13 +288,13 @@ class Statistics(Message):
 # --- data ---------------------------------------------------------------------------------------
 
 
-class GetExtents(Message):
+class GetExtents(Message, frozen=True):
     ino: int
     first_block: int
     block_count: int
 
 
-class ExtentPage(Message):
+class ExtentPage(Message, frozen=True):
     """Extents that touch the asked range, in order; what none covers is a hole."""
 
     extents: tuple[Extent, ...]
@@ -303,7 +303,7 @@ class ExtentPage(Message):
     attributes: Attributes
 
 
-class GrantBlocks(Message):
+class GrantBlocks(Message, frozen=True):
     storage_class: StorageClass
     location: str
     """Preferred host or rack; empty: ``host``."""
@@ -314,17 +314,17 @@ class GrantBlocks(Message):
     """Runs at least this long where there are any."""
 
 
-class Grant(Message):
+class Grant(Message, frozen=True):
     """May be fewer blocks than asked, never none."""
 
     runs: tuple[Run, ...]
 
 
-class ReturnBlocks(Message):
+class ReturnBlocks(Message, frozen=True):
     runs: tuple[Run, ...]
 
 
-class BaseBlock(Message):
+class BaseBlock(Message, frozen=True):
     """What a partly written block was built on."""
 
     file_block: int
@@ -332,7 +332,7 @@ class BaseBlock(Message):
     """Of the block whose bytes were kept; 0: a hole."""
 
 
-class CommitFile(Message):
+class CommitFile(Message, frozen=True):
     """Publish blocks that are written and flushed. All or nothing.
 
     Fails with ``ConflictError`` if a block named in ``bases`` is no longer the one that was built
@@ -351,7 +351,7 @@ class CommitFile(Message):
     """Answer only when the commit outlives a power cut (fsync)."""
 
 
-class PutKeyValue(Message):
+class PutKeyValue(Message, frozen=True):
     """Create or replace a KEYVALUE of a TABLE in one step."""
 
     table: int
@@ -364,26 +364,26 @@ class PutKeyValue(Message):
     unused: tuple[Run, ...] = ()
 
 
-class SyncMetadata(Message):
+class SyncMetadata(Message, frozen=True):
     """Answered when everything acknowledged before outlives a power cut."""
 
 
 # --- membership and operation -------------------------------------------------------------------
 
 
-class RegisterStorage(Message):
+class RegisterStorage(Message, frozen=True):
     server: StorageServerInfo
     regions: tuple[RegionInfo, ...]
 
 
-class RegisterReply(Message):
+class RegisterReply(Message, frozen=True):
     region_ids: tuple[int, ...]
     """In the order asked."""
     fence: tuple[int, ...]
     """Clients that must be cut off; answer in the next heartbeat's ``fenced``."""
 
 
-class RegionState(Message):
+class RegionState(Message, frozen=True):
     region_id: int
     usable_blocks: int
     """Blocks from the region's start that may be handed out already (memory is provisioned in
@@ -392,14 +392,14 @@ class RegionState(Message):
     """Never to be handed out again."""
 
 
-class StorageHeartbeat(Message):
+class StorageHeartbeat(Message, frozen=True):
     server_id: bytes
     regions: tuple[RegionState, ...]
     fenced: tuple[int, ...]
     """Clients that can no longer reach any block of this server by an old grant."""
 
 
-class HeartbeatReply(Message):
+class HeartbeatReply(Message, frozen=True):
     known: bool
     """False: register again."""
     fence: tuple[int, ...]
@@ -407,22 +407,22 @@ class HeartbeatReply(Message):
     """Per region: one past the highest block handed out; provisioning stays ahead of it."""
 
 
-class GetClusterMap(Message):
+class GetClusterMap(Message, frozen=True):
     pass
 
 
-class ClusterMap(Message):
+class ClusterMap(Message, frozen=True):
     cluster_id: bytes
     block_size_bytes: int
     servers: tuple[StorageServerInfo, ...]
     regions: tuple[PlacedRegion, ...]
 
 
-class GetStatus(Message):
+class GetStatus(Message, frozen=True):
     pass
 
 
-class Status(Message):
+class Status(Message, frozen=True):
     """For ``crail status``: the map, use and the metadata server's own counters."""
 
     cluster: ClusterMap
@@ -433,11 +433,11 @@ class Status(Message):
     counters: dict[str, int]
 
 
-class Audit(Message):
+class Audit(Message, frozen=True):
     pass
 
 
-class AuditReply(Message):
+class AuditReply(Message, frozen=True):
     findings: tuple[str, ...]
     """Broken invariants, for people; empty: none."""
     counts: dict[str, int]
@@ -446,14 +446,14 @@ class AuditReply(Message):
 # --- storage ------------------------------------------------------------------------------------
 
 
-class AttachRegions(Message):
+class AttachRegions(Message, frozen=True):
     """Unix sockets only: the reply comes with one file descriptor a region, in order, and last
     one descriptor of the client's life line (see docs/design.md, fencing)."""
 
     client_id: int
 
 
-class AttachedRegion(Message):
+class AttachedRegion(Message, frozen=True):
     region_id: int
     tier: Tier
     block_size_bytes: int
@@ -464,11 +464,11 @@ class AttachedRegion(Message):
     """Whether to reach it by mmap (memory) or by pread and pwrite (files on disk)."""
 
 
-class AttachReply(Message):
+class AttachReply(Message, frozen=True):
     regions: tuple[AttachedRegion, ...]
 
 
-class ReadBlocks(Message):
+class ReadBlocks(Message, frozen=True):
     """The reply's payload is ``byte_count`` bytes from ``offset`` on, in bytes from the region's
     first block."""
 
@@ -477,7 +477,7 @@ class ReadBlocks(Message):
     byte_count: int
 
 
-class WriteBlocks(Message):
+class WriteBlocks(Message, frozen=True):
     """The request's payload goes to ``offset``; refused if the block has a newer generation."""
 
     region: int
@@ -485,21 +485,21 @@ class WriteBlocks(Message):
     generation: int
 
 
-class FlushRegion(Message):
+class FlushRegion(Message, frozen=True):
     """Answered when all that this connection wrote to the region is as durable as it can be."""
 
     region: int
 
 
-class FlushReply(Message):
+class FlushReply(Message, frozen=True):
     durable: bool
 
 
-class StorageStatus(Message):
+class StorageStatus(Message, frozen=True):
     pass
 
 
-class StorageStatusReply(Message):
+class StorageStatusReply(Message, frozen=True):
     counters: dict[str, int]
 
 
