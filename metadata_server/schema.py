@@ -20,6 +20,7 @@ database a table.
     replies    client u64, request id u64       opcode or status u16 (big-endian), body bytes
     servers    server id 16 B                   StoredServer
     regions    region u32                       StoredRegion
+    usage      region u32                       Usage
 
 Invariants
     I1  Every block of every region below its ``usable_blocks`` is in exactly one of: ``free``; one
@@ -35,6 +36,8 @@ Invariants
         overlap; checksums are 8 bytes a block; nothing visible lies beyond ``size``.
     I7  A MULTIFILE's entries are FILEs; a TABLE's are KEYVALUEs, and KEYVALUEs are nowhere else.
     I8  Every grant's client is in ``sessions``.
+    I9  A region's ``usage`` row says what its ``free`` and ``reclaim`` rows add up to. Kept by
+        ``space.py``.
 """
 
 from __future__ import annotations
@@ -62,10 +65,11 @@ SESSIONS: Final = b"sessions"
 REPLIES: Final = b"replies"
 SERVERS: Final = b"servers"
 REGIONS: Final = b"regions"
+USAGE: Final = b"usage"
 
 TABLES: Final = (
     STATE, NODES, ENTRIES, EXTENTS, XATTRS, FREE, GRANTS, RECLAIM, ORPHANS, SESSIONS, REPLIES,
-    SERVERS, REGIONS,
+    SERVERS, REGIONS, USAGE,
 )  # fmt: skip
 """In the order of their numbers in the journal: only ever appended to."""
 
@@ -115,6 +119,15 @@ class StoredRegion(Record, frozen=True):
     failed: tuple[int, ...] = ()
     lost: bool = False
     """The server came back without it."""
+
+
+class Usage(Record):
+    """Sums over a region, so that nobody has to count rows."""
+
+    free_blocks: int = 0
+    reclaim_blocks: int = 0
+    high_water_blocks: int = 0
+    """One past the highest block ever handed out."""
 
 
 _U64 = struct.Struct(">Q")
@@ -169,4 +182,5 @@ decode_granted = msgspec.msgpack.Decoder(Granted).decode
 decode_session = msgspec.msgpack.Decoder(Session).decode
 decode_server = msgspec.msgpack.Decoder(StoredServer).decode
 decode_region = msgspec.msgpack.Decoder(StoredRegion).decode
+decode_usage = msgspec.msgpack.Decoder(Usage).decode
 decode_scalar = msgspec.msgpack.Decoder().decode
