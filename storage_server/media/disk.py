@@ -1,0 +1,85 @@
+"""A region on disk: a preallocated file, read and written through the page cache.
+
+The page cache is what makes short-lived data cheap here: what is deleted before the kernel wrote
+it back never costs a disk access. ``flush`` is ``fdatasync``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from crailfs.config import RegionConfig
+from storage_server.media.region_file import RegionFile, open_region_file
+from storage_server.media.superblock import DATA_OFFSET_BYTES, Superblock
+
+_WOULD_BLOCK: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
+"""The bytes are not in the page cache; or the file system cannot tell."""
+
+
+class DiskMedium:
+    """See ``Medium``. Durable after ``flush``."""
+
+    durable = True
+    mappable = False
+
+    def __init__(self, file: RegionFile) -> None:
+        self._file = file
+        self.path = file.path
+        self.superblock = file.superblock
+        self.shared_fd = file.shared_fd
+        self.blocks: memoryview | None = None
+        self.usable_blocks = file.superblock.block_count
+
+    @classmethod
+    def open(
+        cls, config: RegionConfig, *, cluster_id: bytes, block_size_bytes: int,
+        known_uuid: bytes | None,
+    ) -> DiskMedium:  # fmt: skip
+        return cls(
+            open_region_file(
+                config,
+                cluster_id=cluster_id,
+                block_size_bytes=block_size_bytes,
+                known_uuid=known_uuid,
+                survives_reboot=True,
+                allocate=_allocate,
+            )
+        )
+
+    def read_into(self, offset: int, buffer: memoryview, *, wait: bool) -> bool:
+        position = DATA_OFFSET_BYTES + offset
+        while buffer:
+            try:
+                count = os.preadv(self._file.fd, [buffer], position, 0 if wait else os.RWF_NOWAIT)
+            except OSError as error:
+                if not wait and error.errno in _WOULD_BLOCK:
+                    return False
+                raise
+            if count == 0:
+                raise OSError(errno.EIO, "the region's file ends early", str(self.path))
+            buffer = buffer[count:]
+            position += count
+        return True
+
+    def write(self, offset: int, data: memoryview) -> None:
+        position = DATA_OFFSET_BYTES + offset
+        while data:
+            count = os.pwrite(self._file.fd, data, position)
+            data = data[count:]
+            position += count
+
+    def flush(self) -> bool:
+        os.fdatasync(self._file.fd)
+        return True
+
+    def provision(self, wanted_blocks: int) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _allocate(fd: int, superblock: Superblock) -> None:
+    os.posix_fallocate(fd, 0, superblock.file_size_bytes)
