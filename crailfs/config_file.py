@@ -140,6 +140,10 @@ class Settings:
             raise ConfigurationError(_missing(self._name, section, key))
         return declared.default
 
+    def is_set(self, section: str, key: str) -> bool:
+        """Whether anybody set it, be it well or wrongly."""
+        return (section, key) in self._values
+
     def where(self, section: str, key: str) -> str:
         raw = self._values.get((section, key))
         return raw.where if raw is not None else f"{self._name}: {section}.{key}"

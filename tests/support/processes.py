@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+CRAIL = (sys.executable, "-m", "crailfs.cli.main")
 READY_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
 
@@ -23,8 +24,8 @@ STOP_TIMEOUT_S = 10.0
 class ServerProcess:
     """One server started as its users start it: ``crail metadata``, ``storage`` or ``mount``.
 
-    ``ready`` is what the process reported on its ready descriptor (for servers the addresses that
-    it is bound to). Leaving the ``with`` block ends the process.
+    ``addresses`` is what the process reported when it was ready: where it is bound, or mounted.
+    Leaving the ``with`` block ends the process.
     """
 
     def __init__(
@@ -40,8 +41,7 @@ class ServerProcess:
         try:
             with log.open("ab") as output:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "crailfs.cli.main", *arguments]
-                    + ["--ready-fd", str(write_fd)],
+                    [*CRAIL, *arguments, "--ready-fd", str(write_fd)],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -51,7 +51,7 @@ class ServerProcess:
         finally:
             os.close(write_fd)
         try:
-            self.ready: dict[str, Any] = self._wait_ready(read_fd, ready_timeout_s)
+            self.addresses: list[str] = self._wait_ready(read_fd, ready_timeout_s)
         except BaseException:
             self.kill()
             raise
@@ -61,10 +61,6 @@ class ServerProcess:
     @property
     def pid(self) -> int:
         return self.process.pid
-
-    @property
-    def addresses(self) -> list[str]:
-        return list(self.ready.get("addresses", ()))
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -97,7 +93,7 @@ class ServerProcess:
         else:
             self.kill()
 
-    def _wait_ready(self, read_fd: int, timeout_s: float) -> dict[str, Any]:
+    def _wait_ready(self, read_fd: int, timeout_s: float) -> list[str]:
         deadline = time.monotonic() + timeout_s
         line = b""
         while not line.endswith(b"\n"):
@@ -110,7 +106,7 @@ class ServerProcess:
         report: dict[str, Any] = json.loads(line)
         if "error" in report:
             raise AssertionError(f"pid {self.pid} failed to start: {report['error']}")
-        return report
+        return list(report["ready"])
 
 
 def run_crail(
@@ -121,7 +117,7 @@ def run_crail(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end; its output is captured as text."""
     return subprocess.run(
-        [sys.executable, "-m", "crailfs.cli.main", *arguments],
+        [*CRAIL, *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
