@@ -1,0 +1,49 @@
+"""The operations of the metadata server, one a module: ``run(txn, request, context) -> reply``.
+
+An operation reads and writes tables and says in its context what it changed and what it showed. It
+does no I/O and knows no connection; if it raises, the driver takes back all that it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from crailfs.records import Record
+from crailfs.wire.messages import Opcode
+from metadata_server.context import Context
+from metadata_server.ops import (
+    create_node,
+    get_attributes,
+    get_statistics,
+    get_xattr,
+    link_node,
+    list_xattr,
+    lookup,
+    read_directory,
+    release_inodes,
+    remove_node,
+    remove_xattr,
+    rename_node,
+    set_attributes,
+    set_xattr,
+)
+from metadata_server.txn import Txn
+
+RUN: dict[Opcode, Callable[[Txn, Any, Context], Record]] = {
+    Opcode.RELEASE_INODES: release_inodes.run,
+    Opcode.LOOKUP: lookup.run,
+    Opcode.GET_ATTRIBUTES: get_attributes.run,
+    Opcode.SET_ATTRIBUTES: set_attributes.run,
+    Opcode.CREATE_NODE: create_node.run,
+    Opcode.REMOVE_NODE: remove_node.run,
+    Opcode.RENAME_NODE: rename_node.run,
+    Opcode.LINK_NODE: link_node.run,
+    Opcode.READ_DIRECTORY: read_directory.run,
+    Opcode.GET_XATTR: get_xattr.run,
+    Opcode.SET_XATTR: set_xattr.run,
+    Opcode.REMOVE_XATTR: remove_xattr.run,
+    Opcode.LIST_XATTR: list_xattr.run,
+    Opcode.GET_STATISTICS: get_statistics.run,
+}
+"""What the driver runs for each opcode; the rest is answered by the server itself."""
