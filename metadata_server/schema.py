@@ -121,7 +121,7 @@ class StoredRegion(Record, frozen=True):
     """The server came back without it."""
 
 
-class Usage(Record):
+class Usage(Record, frozen=True):
     """Sums over a region, so that nobody has to count rows."""
 
     free_blocks: int = 0
@@ -154,6 +154,10 @@ def entry_key(parent: int, name: bytes) -> bytes:
 
 def xattr_key(ino: int, name: bytes) -> bytes:
     return _U64.pack(ino) + name
+
+
+def unpack_region(key: bytes) -> int:
+    return int(_REGION.unpack(key)[0])
 
 
 def unpack_u64(value: bytes) -> int:
