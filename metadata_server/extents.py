@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from crailfs.limits import EXTENT_BLOCKS_MAX
 from crailfs.records import Extent, Location
 from metadata_server import schema
@@ -22,8 +24,11 @@ def visible_end_bytes(extent: Extent, block_size_bytes: int) -> int:
     return (end_of(extent) - 1) * block_size_bytes + extent.tail_visible_bytes
 
 
-def overlapping(txn: Txn, ino: int, first_block: int, end_block: int) -> list[Extent]:
-    """The node's extents that touch file blocks ``first_block`` <= b < ``end_block``, in order."""
+def overlapping(
+    txn: Txn, ino: int, first_block: int, end_block: int, limit: int | None = None
+) -> list[Extent]:
+    """The node's extents that touch file blocks ``first_block`` <= b < ``end_block``, in order;
+    only the first ``limit`` of them, or a few more, if that is given."""
     start = schema.extent_key(ino, first_block)
     found = []
     before = txn.last_before(schema.EXTENTS, start)
@@ -32,8 +37,8 @@ def overlapping(txn: Txn, ino: int, first_block: int, end_block: int) -> list[Ex
         if end_of(extent) > first_block:
             found.append(extent)
     end = schema.extent_key(ino, end_block)
-    found += [schema.decode_extent(value) for _, value in txn.scan(schema.EXTENTS, start, end)]
-    return found
+    rows = itertools.islice(txn.scan(schema.EXTENTS, start, end), limit)
+    return found + [schema.decode_extent(value) for _, value in rows]
 
 
 def generation_at(txn: Txn, ino: int, file_block: int) -> int:

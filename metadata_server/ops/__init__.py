@@ -13,20 +13,28 @@ from crailfs.records import Record
 from crailfs.wire.messages import Opcode
 from metadata_server.context import Context
 from metadata_server.ops import (
+    commit_file,
     create_node,
     get_attributes,
+    get_cluster_map,
+    get_extents,
     get_statistics,
     get_xattr,
+    grant_blocks,
     link_node,
     list_xattr,
     lookup,
+    put_key_value,
     read_directory,
+    register_storage,
     release_inodes,
     remove_node,
     remove_xattr,
     rename_node,
+    return_blocks,
     set_attributes,
     set_xattr,
+    storage_heartbeat,
 )
 from metadata_server.txn import Txn
 
@@ -45,5 +53,13 @@ RUN: dict[Opcode, Callable[[Txn, Any, Context], Record]] = {
     Opcode.REMOVE_XATTR: remove_xattr.run,
     Opcode.LIST_XATTR: list_xattr.run,
     Opcode.GET_STATISTICS: get_statistics.run,
+    Opcode.GET_EXTENTS: get_extents.run,
+    Opcode.GRANT_BLOCKS: grant_blocks.run,
+    Opcode.RETURN_BLOCKS: return_blocks.run,
+    Opcode.COMMIT_FILE: commit_file.run,
+    Opcode.PUT_KEY_VALUE: put_key_value.run,
+    Opcode.REGISTER_STORAGE: register_storage.run,
+    Opcode.STORAGE_HEARTBEAT: storage_heartbeat.run,
+    Opcode.GET_CLUSTER_MAP: get_cluster_map.run,
 }
 """What the driver runs for each opcode; the rest is answered by the server itself."""

@@ -1,0 +1,51 @@
+"""Publish blocks that a client has written, as a file's content: all or nothing."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from crailfs.errors import ConflictError, InvalidError
+from crailfs.records import DATA_KINDS, Attributes
+from crailfs.wire.messages import CommitFile
+from metadata_server import extents, space
+from metadata_server.context import Context
+from metadata_server.ops._commits import check_extents
+from metadata_server.ops._nodes import TIME_LIMIT_NS, kind_name
+from metadata_server.txn import Txn
+
+
+def run(txn: Txn, request: CommitFile, context: Context) -> Attributes:
+    """Raises StaleError (the file is gone), FencedError (a block is not the client's to give) and
+    ConflictError (a block in ``bases`` is not what it was)."""
+    node = txn.node(request.ino)
+    if node.kind not in DATA_KINDS:
+        raise InvalidError(f"inode {node.ino} is a {kind_name(node.kind)} and holds no data")
+    if not -TIME_LIMIT_NS <= request.mtime_ns < TIME_LIMIT_NS:
+        raise InvalidError(f"a time of {request.mtime_ns} ns does not fit into 64 bits")
+    size = max(node.size, request.minimum_size)
+    check_extents(request.extents, size, context.block_size_bytes)
+    for base in request.bases:
+        if not 0 <= base.file_block < extents.FILE_BLOCK_END:
+            raise InvalidError(f"no file has a block {base.file_block}")
+        generation = extents.generation_at(txn, node.ino, base.file_block)
+        if generation != base.generation:
+            raise ConflictError(
+                f"block {base.file_block} of inode {node.ino} is of generation {generation}, not "
+                f"{base.generation}: it was changed meanwhile; merge with it and commit again"
+            )
+    growth = space.take_extents(txn, context, node.ino, request.extents)
+    if request.unused:
+        space.give_back(txn, context, request.unused)
+    changed = bool(request.extents) or size != node.size
+    node = replace(
+        node,
+        size=size,
+        block_count=node.block_count + growth,
+        mtime_ns=request.mtime_ns,
+        ctime_ns=context.now_ns,
+        data_version=node.data_version + changed,
+    )
+    txn.put_node(node)
+    context.changed(node.ino)
+    context.shown.append(node.ino)
+    return node
