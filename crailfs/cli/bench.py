@@ -1,0 +1,97 @@
+"""``crail bench``: measures directories."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from crailfs.bench import mount, workloads
+from crailfs.bench.report import Report, require_plotting
+from crailfs.errors import ConfigurationError
+
+EXAMPLES = """\
+  crail bench mount /mnt/crail /var/tmp
+  crail bench mount crail=/mnt/crail tmpfs=/dev/shm --plot bench.png --json > bench.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    of_mounts = kinds.add_parser(
+        "mount",
+        help="the same system calls on each directory, interleaved",
+        description="Runs one list of workloads on each directory, one after the other within "
+        "each round, and prints medians.",
+        epilog="workloads:\n"
+        + "\n".join(f"  {each.name:<20}{each.meaning}" for each in workloads.WORKLOADS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    of_mounts.add_argument(
+        "directories", metavar="DIR", nargs="+", help="a directory to measure, or LABEL=DIR"
+    )
+    of_mounts.add_argument(
+        "--processes",
+        metavar="N[,N...]",
+        default="1,4",
+        help="how many processes work at once; each number is a run of its own (default: 1,4)",
+    )
+    of_mounts.add_argument(
+        "--reference",
+        metavar="LABEL",
+        default="",
+        help="the directory that ratios are against (default: the first)",
+    )
+    _add_report_arguments(of_mounts)
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, default=3, help="repetitions of everything (default: 3)"
+    )
+    parser.add_argument(
+        "--scale",
+        metavar="F",
+        type=float,
+        default=1.0,
+        help="how much each workload does, as a multiple of the usual (default: 1)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--save", metavar="FILE", type=Path, help="write the JSON here as well")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="write a PNG plot here")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.rounds < 1 or not options.scale > 0:
+        raise ConfigurationError("--rounds and --scale must be more than 0")
+    if options.plot is not None:
+        require_plotting()
+    report = _of_mounts(options)
+    if options.save is not None:
+        report.write_json(options.save)
+    if options.plot is not None:
+        report.write_plot(options.plot)
+    if options.json:
+        print(json.dumps(report.as_json(), indent=1))
+    else:
+        print(report.table())
+    for subject, reason in report.failures.items():
+        print(f"crail bench: {subject} was given up: {reason}", file=sys.stderr)
+    return 1 if report.failures else 0
+
+
+def _of_mounts(options: argparse.Namespace) -> Report:
+    try:
+        process_counts = [int(number) for number in options.processes.split(",")]
+    except ValueError:
+        process_counts = []
+    if not process_counts or min(process_counts) < 1:
+        raise ConfigurationError(f"--processes {options.processes}: expected numbers, e.g. 1,4")
+    return mount.measure(
+        [mount.Subject.parse(text) for text in options.directories],
+        round_count=options.rounds,
+        process_counts=process_counts,
+        sizes=workloads.Sizes().scaled(options.scale),
+        reference=options.reference,
+    )
