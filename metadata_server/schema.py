@@ -112,6 +112,9 @@ class StoredServer(Record, frozen=True):
     info: StorageServerInfo
 
 
+STALLED_HEARTBEATS: Final = 3
+
+
 class StoredRegion(Record, frozen=True):
     info: RegionInfo
     server_id: bytes
@@ -119,6 +122,9 @@ class StoredRegion(Record, frozen=True):
     failed: tuple[int, ...] = ()
     lost: bool = False
     """The server came back without it."""
+    full_heartbeats: int = 0
+    """How many heartbeats in a row found no free block and no growth, up to
+    ``STALLED_HEARTBEATS``: then the host has no memory for the rest of the region."""
 
 
 class Usage(Record, frozen=True):

@@ -96,6 +96,14 @@ class _Region(NamedTuple):
     def grantable(self) -> bool:
         return self.server.alive and not self.stored.lost
 
+    @property
+    def grows(self) -> bool:
+        """Whether more of its blocks can be expected to become usable."""
+        return (
+            self.stored.usable_blocks < self.stored.info.block_count
+            and self.stored.full_heartbeats < schema.STALLED_HEARTBEATS
+        )
+
 
 def _regions(txn: Txn) -> list[_Region]:
     servers = {key: schema.decode_server(value).info for key, value in txn.scan(schema.SERVERS)}
@@ -128,6 +136,8 @@ def _out_of_space(
         _, region, _ = schema.unpack_owner_region_block(key)
         if region in live and schema.decode_granted(value).client == NOBODY:
             return TryAgainError(f"blocks of class {storage_class} are being reclaimed")
+    if any(r.grantable and r.grows for r in regions):
+        return TryAgainError(f"memory of class {storage_class} is being provisioned")
     return NoSpaceError(
         f"every tier of storage class {storage_class} is full: delete files or add regions"
     )

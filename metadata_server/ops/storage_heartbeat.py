@@ -8,7 +8,7 @@ from crailfs.errors import InvalidError
 from crailfs.wire.messages import HeartbeatReply, RegionState, StorageHeartbeat
 from metadata_server import free_space, schema, sessions, space
 from metadata_server.context import Context
-from metadata_server.schema import StoredRegion
+from metadata_server.schema import STALLED_HEARTBEATS, StoredRegion
 from metadata_server.txn import Txn
 
 
@@ -62,10 +62,17 @@ def _update(txn: Txn, key: bytes, stored: StoredRegion, state: RegionState) -> N
         for block in set(state.failed_blocks).difference(stored.failed)
         if 0 <= block < usable_blocks and free_space.retire(txn, state.region_id, block)
     }
-    if failed or usable_blocks != stored.usable_blocks:
-        changed = replace(
-            stored,
-            usable_blocks=usable_blocks,
-            failed=tuple(sorted({*stored.failed, *failed})),
-        )
+    changed = replace(
+        stored,
+        usable_blocks=usable_blocks,
+        failed=tuple(sorted({*stored.failed, *failed})),
+        full_heartbeats=_full_heartbeats(txn, key, stored, usable_blocks),
+    )
+    if changed != stored:
         txn.put(schema.REGIONS, key, schema.encode(changed))
+
+
+def _full_heartbeats(txn: Txn, key: bytes, stored: StoredRegion, usable_blocks: int) -> int:
+    if usable_blocks > stored.usable_blocks or free_space.usage(txn, key).free_blocks:
+        return 0
+    return min(stored.full_heartbeats + 1, STALLED_HEARTBEATS)
