@@ -37,5 +37,15 @@ _BY_ERROR: dict[type[errors.CrailError], ExitCode] = {
 }
 
 
+class ReportedError(errors.CrailError):
+    """What another process of ours reported, with the exit code that it gave."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = ExitCode(exit_code)
+
+
 def exit_code_of(error: errors.CrailError) -> ExitCode:
+    if isinstance(error, ReportedError):
+        return error.exit_code
     return _BY_ERROR.get(type(error), ExitCode.FAILED)

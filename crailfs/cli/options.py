@@ -61,18 +61,19 @@ def cluster_settings(options: argparse.Namespace) -> Settings:
 
     if options.at is not None:
         state = registry.running_state_at(Path(options.at))
-        return Settings.load(state.config_file, options.overrides)
+        return Settings.load(state.config_file, options.overrides, environment={})
     file = find_file(options.config)
     if file is not None:
         return Settings.load(file, options.overrides)
-    running = registry.running_states()
-    if len(running) == 1:
-        return Settings.load(running[0].config_file, options.overrides)
     settings = Settings.load(None, options.overrides)
     if settings.is_set("cluster", "metadata"):
         return settings
+    running = registry.running_states()
+    if len(running) == 1:
+        state = running[0][1]
+        return Settings.load(state.config_file, options.overrides, environment={})
     if running:
-        points = ", ".join(str(state.mountpoint) for state in running)
+        points = ", ".join(str(mountpoint) for mountpoint, _ in running)
         raise ConfigurationError(f"several file systems run here ({points}): name one with --at")
     raise ConfigurationError(
         "no file system is named and none runs here: start one with `crail up MOUNTPOINT`, or name "

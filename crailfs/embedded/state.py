@@ -36,6 +36,7 @@ from crailfs.records import Tier
 
 _FLOCK: Final = struct.Struct("hhqqi0q")
 """``struct flock`` of 64-bit Linux: type, whence, start, length, pid."""
+_WHOLE_FILE: Final = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 _SOCKET_NAMES: Final = ("metadata.sock", "storage.sock")
 
 
@@ -79,7 +80,7 @@ class State:
         """Path and size in bytes of each tier."""
         return {each.tier: (each.path, each.size_bytes) for each in self.settings().regions()}
 
-    def create(self, sizes: Sizes, *, allow_other: bool) -> None:
+    def create(self, sizes: Sizes) -> None:
         """Make the directory and write a new file system's configuration and secret.
 
         Raises:
@@ -104,7 +105,7 @@ class State:
         self.directory.chmod(0o700)
         cluster_id = secrets.token_hex(16)
         _write_private(self.secret_file, secrets.token_hex(32) + "\n")
-        text = _configuration(self, cluster_id, sizes, allow_other)
+        text = _configuration(self, cluster_id, sizes)
         # Last, and in one step: a directory with a crail.toml is complete.
         _write_private(self.config_file.with_suffix(".new"), text)
         self.config_file.with_suffix(".new").rename(self.config_file)
@@ -115,17 +116,17 @@ class State:
         Raises:
             BusyError: names the process that has it.
         """
+        # A lock of the open file, not of the process (which any close of the file would drop).
         fd = os.open(self._pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+        except (BlockingIOError, PermissionError):
             os.close(fd)
             raise BusyError(
                 f"the state directory {self.directory} is in use by pid {self.locked_by()}: "
                 "stop it with `crail down`, or name another with --state"
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(fd, f"{os.getpid():<19}\n".encode(), 0)
         return fd
 
     def locked_by(self) -> int | None:
@@ -135,11 +136,10 @@ class State:
         except FileNotFoundError:
             return None
         try:
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+            answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE_FILE))
+            return None if answer[0] == fcntl.F_UNLCK else int(os.pread(fd, 20, 0) or b"0")
         finally:
             os.close(fd)
-        return None if answer[0] == fcntl.F_UNLCK else int(answer[4])
 
     def write_running(self, running: Running) -> None:
         new = self._up_file.with_suffix(".new")
@@ -180,7 +180,7 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _configuration(state: State, cluster_id: str, sizes: Sizes, allow_other: bool) -> str:
+def _configuration(state: State, cluster_id: str, sizes: Sizes) -> str:
     def quoted(value: object) -> str:
         return json.dumps(str(value), ensure_ascii=False)
 
@@ -193,8 +193,7 @@ def _configuration(state: State, cluster_id: str, sizes: Sizes, allow_other: boo
         regions.append(("memory", path, sizes.memory_bytes))
     if sizes.disk_bytes:
         regions.append(("disk", state.disk_region, sizes.disk_bytes))
-    return (
-        f"""\
+    header = f"""\
 # Written by `crail up`. Sizes cannot be changed once the file system exists.
 [cluster]
 id = {quoted(cluster_id)}
@@ -209,17 +208,8 @@ listen = {listen("metadata.sock")}
 state = {quoted(state.directory / "storage")}
 listen = {listen("storage.sock")}
 """
-        + "".join(
-            f"""
-[[storage.region]]
-tier = {quoted(tier)}
-path = {quoted(path)}
-size = {size_bytes}
-"""
-            for tier, path, size_bytes in regions
-        )
-        + f"""
-[mount]
-allow_other = {str(allow_other).lower()}
-"""
+    tables = (
+        f"\n[[storage.region]]\ntier = {quoted(tier)}\npath = {quoted(path)}\nsize = {size_bytes}\n"
+        for tier, path, size_bytes in regions
     )
+    return header + "".join(tables)
