@@ -1,0 +1,133 @@
+"""Any host: each read and write is a request to the storage server, its bytes the payload.
+
+What is longer than one payload may be is asked for in pieces, several of them in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from crailfs.config import ClientConfig
+from crailfs.errors import CrailError, ProtocolError
+from crailfs.limits import CONNECT_TIMEOUT_MS, PAYLOAD_MAX_BYTES
+from crailfs.net.client import RpcClient
+from crailfs.net.sending import Buffer
+from crailfs.records import StorageServerInfo
+from crailfs.wire.messages import (
+    FlushRegion,
+    FlushReply,
+    Opcode,
+    ReadBlocks,
+    Role,
+    StorageStatus,
+    WriteBlocks,
+)
+
+PIECES_IN_FLIGHT_MAX: Final = 4
+
+
+class TcpTransport:
+    """See ``Transport``."""
+
+    name = "tcp"
+
+    def __init__(self, client: RpcClient, timeout_ms: int) -> None:
+        self._client = client
+        self._timeout_ms = timeout_ms
+        self._running = trio.CancelScope()
+
+    @classmethod
+    async def connect(
+        cls, server: StorageServerInfo, config: ClientConfig, client_id: int, nursery: trio.Nursery
+    ) -> TcpTransport:
+        """Connect to ``server``; the connection lives in ``nursery`` until ``close``.
+
+        Raises ``UnavailableError`` and what the server answers.
+        """
+        client = RpcClient(
+            f"{server.tcp_host}:{server.tcp_port}",
+            config.credentials,
+            role=Role.CLIENT,
+            client_id=client_id,
+        )
+        transport = cls(client, config.operation_timeout_ms)
+        nursery.start_soon(transport._run)
+        deadline_ms = min(CONNECT_TIMEOUT_MS, config.operation_timeout_ms)
+        try:
+            await client.call(Opcode.STORAGE_STATUS, StorageStatus(), deadline_ms=deadline_ms)
+        except BaseException:
+            transport._running.cancel()
+            raise
+        return transport
+
+    async def read(self, region: int, offset: int, byte_count: int) -> Buffer:
+        buffer = bytearray(byte_count)
+        view = memoryview(buffer)
+        await self._in_pieces(
+            byte_count, lambda begin, end: self._read_piece(region, offset + begin, view[begin:end])
+        )
+        return buffer
+
+    async def write(self, region: int, offset: int, generation: int, data: Buffer) -> None:
+        view = memoryview(data)
+        await self._in_pieces(
+            len(view),
+            lambda begin, end: self._write_piece(
+                WriteBlocks(region, offset + begin, generation), view[begin:end]
+            ),
+        )
+
+    async def flush(self, region: int) -> bool:
+        reply = await self._client.call(
+            Opcode.FLUSH_REGION, FlushRegion(region), deadline_ms=self._timeout_ms
+        )
+        if not isinstance(reply, FlushReply):
+            raise ProtocolError("the storage server answered a flush with something else")
+        return reply.durable
+
+    async def close(self) -> None:
+        self._running.cancel()
+
+    async def _run(self) -> None:
+        with self._running:
+            await self._client.run()
+
+    async def _read_piece(self, region: int, offset: int, into: memoryview) -> None:
+        await self._client.call(
+            Opcode.READ_BLOCKS,
+            ReadBlocks(region, offset, len(into)),
+            into=into,
+            deadline_ms=self._timeout_ms,
+        )
+
+    async def _write_piece(self, request: WriteBlocks, data: memoryview) -> None:
+        await self._client.call(
+            Opcode.WRITE_BLOCKS, request, payload=data, deadline_ms=self._timeout_ms
+        )
+
+    async def _in_pieces(
+        self, byte_count: int, piece: Callable[[int, int], Awaitable[None]]
+    ) -> None:
+        """Run ``piece(begin, end)`` over 0..byte_count. The first error ends all the others."""
+        if byte_count <= PAYLOAD_MAX_BYTES:
+            await piece(0, byte_count)
+            return
+        begins = iter(range(0, byte_count, PAYLOAD_MAX_BYTES))
+        failures: list[CrailError] = []
+
+        async def work(scope: trio.CancelScope) -> None:
+            for begin in begins:
+                try:
+                    await piece(begin, min(begin + PAYLOAD_MAX_BYTES, byte_count))
+                except CrailError as error:
+                    failures.append(error)
+                    scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(PIECES_IN_FLIGHT_MAX):
+                nursery.start_soon(work, nursery.cancel_scope)
+        if failures:
+            raise failures[0]

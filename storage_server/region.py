@@ -1,0 +1,125 @@
+"""One region as the server holds it: its medium, its bounds, and who may still write where."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Final
+
+import trio
+
+from crailfs.errors import FencedError, InvalidError
+from crailfs.limits import PAYLOAD_MAX_BYTES
+from crailfs.records import RegionInfo
+from crailfs.units import MIB
+from crailfs.wire.messages import AttachedRegion, RegionState
+from storage_server.media import Medium
+from storage_server.media.superblock import DATA_OFFSET_BYTES
+
+PROVISION_MARGIN_BYTES: Final = 512 * MIB
+"""How far memory is provisioned beyond the highest block that was ever handed out."""
+FAILED_REPORTED_MAX: Final = 65_536
+_MAP_NORESERVE: Final = 0x4000
+
+
+class Region:
+    """``region_id`` is 0 until the metadata server has given it one."""
+
+    def __init__(self, medium: Medium) -> None:
+        self.medium = medium
+        self.region_id = 0
+        self.failed_blocks: set[int] = set()
+        self.high_water_blocks = 0
+        self._high_water_changed = trio.Event()
+        superblock = medium.superblock
+        self._block_size_bytes = superblock.block_size_bytes
+        # 8 bytes a block, of which the kernel supplies only the pages that were ever stored to.
+        self._generations = memoryview(
+            mmap.mmap(
+                -1,
+                8 * superblock.block_count,
+                flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
+            )
+        ).cast("Q")
+
+    @property
+    def info(self) -> RegionInfo:
+        superblock = self.medium.superblock
+        return RegionInfo(
+            uuid=superblock.region_uuid,
+            tier=superblock.tier,
+            block_size_bytes=superblock.block_size_bytes,
+            block_count=superblock.block_count,
+            durable=self.medium.durable,
+            label=str(self.medium.path),
+        )
+
+    @property
+    def attached(self) -> AttachedRegion:
+        superblock = self.medium.superblock
+        return AttachedRegion(
+            region_id=self.region_id,
+            tier=superblock.tier,
+            block_size_bytes=superblock.block_size_bytes,
+            block_count=superblock.block_count,
+            data_offset=DATA_OFFSET_BYTES,
+            mappable=self.medium.mappable,
+        )
+
+    @property
+    def state(self) -> RegionState:
+        return RegionState(
+            region_id=self.region_id,
+            usable_blocks=self.medium.usable_blocks,
+            failed_blocks=tuple(sorted(self.failed_blocks)[:FAILED_REPORTED_MAX]),
+        )
+
+    def check_range(self, offset: int, byte_count: int) -> None:
+        """Raises ``InvalidError`` unless these bytes lie in blocks that can have been granted."""
+        usable_bytes = self.medium.usable_blocks * self._block_size_bytes
+        if not 1 <= byte_count <= PAYLOAD_MAX_BYTES:
+            raise InvalidError(
+                f"{byte_count} bytes in one request; expected 1 to {PAYLOAD_MAX_BYTES}"
+            )
+        if not 0 <= offset <= usable_bytes - byte_count:
+            raise InvalidError(
+                f"bytes {offset} to {offset + byte_count} are not in region {self.region_id}, "
+                f"which has {usable_bytes} usable ones"
+            )
+
+    def claim(self, offset: int, byte_count: int, generation: int) -> None:
+        """Let ``generation`` write these bytes, and nothing older from now on.
+
+        Raises ``FencedError`` if one of the blocks has been written under a newer generation.
+        """
+        if not 1 <= generation < 1 << 64:
+            raise InvalidError(f"generation {generation}: expected 1 to 2^64 - 1")
+        blocks = self.blocks(offset, byte_count)
+        for block in blocks:
+            if self._generations[block] > generation:
+                raise FencedError(
+                    f"block {block} of region {self.region_id} was granted again as generation "
+                    f"{self._generations[block]}; a write under {generation} comes too late"
+                )
+        for block in blocks:
+            self._generations[block] = generation
+
+    def blocks(self, offset: int, byte_count: int) -> range:
+        """The blocks that these bytes touch."""
+        size = self._block_size_bytes
+        return range(offset // size, (offset + byte_count - 1) // size + 1)
+
+    @property
+    def wanted_blocks(self) -> int:
+        """How far the medium should be provisioned."""
+        return self.high_water_blocks + PROVISION_MARGIN_BYTES // self._block_size_bytes
+
+    def raise_high_water(self, block_count: int) -> None:
+        """Blocks up to here have been handed out."""
+        if block_count > self.high_water_blocks:
+            self.high_water_blocks = block_count
+            self._high_water_changed.set()
+            self._high_water_changed = trio.Event()
+
+    async def high_water_raised(self) -> None:
+        """Wait until ``raise_high_water`` raises it."""
+        await self._high_water_changed.wait()

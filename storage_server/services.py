@@ -1,0 +1,301 @@
+"""What the storage server answers to its clients.
+
+Memory: a payload is received straight into the block, so a write is done when it is complete, and
+a read is sent straight from the block. Disk: what is in the page cache, and small writes, are done
+in place; everything that may wait for the device goes to a few threads.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Final
+
+import trio
+
+from crailfs.errors import (
+    AuthenticationError,
+    BlockLostError,
+    CrailError,
+    DamagedError,
+    InvalidError,
+    NotSupportedError,
+    TryAgainError,
+)
+from crailfs.limits import LEASE_MS
+from crailfs.net.server import Peer
+from crailfs.units import KIB
+from crailfs.wire.messages import (
+    AttachRegions,
+    AttachReply,
+    Empty,
+    FlushRegion,
+    FlushReply,
+    Message,
+    Opcode,
+    ReadBlocks,
+    Role,
+    StorageStatus,
+    StorageStatusReply,
+    Welcome,
+    WriteBlocks,
+)
+from storage_server.buffers import Buffers
+from storage_server.fencing import Fencing
+from storage_server.region import Region
+
+log = logging.getLogger(__name__)
+
+OPERATIONS: Final = frozenset(
+    {
+        Opcode.ATTACH_REGIONS,
+        Opcode.READ_BLOCKS,
+        Opcode.WRITE_BLOCKS,
+        Opcode.FLUSH_REGION,
+        Opcode.STORAGE_STATUS,
+    }
+)
+INLINE_WRITE_MAX_BYTES: Final = 128 * KIB
+"""Up to this a ``pwrite`` into the page cache is cheaper than the trip to a worker thread."""
+DISK_THREADS_MAX: Final = 8
+
+
+class Services:
+    """The ``Handler`` of the storage server's connections. Work in threads runs in ``nursery``."""
+
+    def __init__(self, fencing: Fencing, nursery: trio.Nursery) -> None:
+        self._fencing = fencing
+        self._nursery = nursery
+        self._threads = trio.CapacityLimiter(DISK_THREADS_MAX)
+        self._buffers = Buffers()
+        self._peers: dict[int, set[Peer]] = {}
+        self._writes_in_threads: collections.Counter[int] = collections.Counter()
+        self._must_fence: set[int] = set()
+        self._regions: dict[int, Region] | None = None
+        self.counters: collections.Counter[str] = collections.Counter()
+
+    def offer(self, regions: Iterable[Region]) -> None:
+        """Serve these regions from now on, under their ids."""
+        self._regions = {region.region_id: region for region in regions}
+
+    # --- fencing --------------------------------------------------------------------------------
+
+    def fence(self, client_ids: Iterable[int]) -> None:
+        """Cut off these clients, the ones to cut off at present; ``fenced`` tells when that has
+        come true. Raises ``OSError`` if it cannot be recorded."""
+        clients = set(client_ids)
+        self._fencing.refuse(clients)
+        self._must_fence = clients
+        for client_id in self._must_fence:
+            for peer in tuple(self._peers.get(client_id, ())):
+                peer.close(f"client {client_id:016x} lost its session")
+
+    def fenced(self) -> tuple[int, ...]:
+        """Of the clients to cut off: those that can write nothing any more."""
+        return tuple(
+            client_id
+            for client_id in sorted(self._must_fence)
+            if client_id not in self._peers
+            and not self._writes_in_threads[client_id]
+            and not self._fencing.has_life_line(client_id)
+        )
+
+    # --- the handler of crailfs.net.server ------------------------------------------------------
+
+    def welcome(self, peer: Peer) -> Welcome:
+        if peer.role not in (Role.CLIENT, Role.OPERATOR):
+            raise AuthenticationError(
+                f"a storage server serves clients and operators, not {peer.role.name.lower()}s: "
+                "check the address"
+            )
+        self._fencing.check(peer.client_id)
+        self._peers.setdefault(peer.client_id, set()).add(peer)
+        return Welcome(session_is_new=False, lease_ms=LEASE_MS)
+
+    def disconnected(self, peer: Peer) -> None:
+        peers = self._peers.get(peer.client_id, set())
+        peers.discard(peer)
+        if not peers:
+            self._peers.pop(peer.client_id, None)
+
+    def payload_target(
+        self, peer: Peer, opcode: Opcode, request: Message, byte_count: int
+    ) -> memoryview:
+        if not isinstance(request, WriteBlocks):
+            raise InvalidError(f"{opcode.name} takes no payload")
+        region = self._claim(request, byte_count)
+        if region.medium.blocks is None:
+            return self._buffers.take(byte_count)
+        return region.medium.blocks[request.offset : request.offset + byte_count]
+
+    def request(
+        self,
+        peer: Peer,
+        opcode: Opcode,
+        request_id: int,
+        request: Message,
+        payload: memoryview | None,
+    ) -> None:
+        match request:
+            case ReadBlocks():
+                self._read(peer, request_id, request)
+            case WriteBlocks():
+                self._write(peer, request_id, request, payload)
+            case FlushRegion():
+                self._flush(peer, request_id, request)
+            case AttachRegions():
+                self._attach(peer, request_id, request)
+            case StorageStatus():
+                peer.reply(request_id, StorageStatusReply(dict(self.counters)))
+            case _:
+                raise NotSupportedError(f"a storage server does not answer {opcode.name}")
+
+    def batch_done(self) -> None:
+        """Replies wait for nothing here."""
+
+    # --- operations -----------------------------------------------------------------------------
+
+    def _read(self, peer: Peer, request_id: int, request: ReadBlocks) -> None:
+        region = self._region(request.region)
+        region.check_range(request.offset, request.byte_count)
+        self.counters["reads"] += 1
+        self.counters["read_bytes"] += request.byte_count
+        if region.medium.blocks is not None:
+            view = region.medium.blocks[request.offset : request.offset + request.byte_count]
+            peer.reply(request_id, Empty(), payload=view)
+            return
+        buffer = self._buffers.take(request.byte_count)
+        read = partial(region.medium.read_into, request.offset, buffer)
+        try:
+            done = read(wait=False)
+        except OSError as error:
+            raise self._device_failed(region, request.offset, request.byte_count, error) from error
+        if done:
+            peer.reply(request_id, Empty(), payload=buffer)
+            return
+
+        def reply() -> None:
+            peer.reply(request_id, Empty(), payload=buffer)
+
+        self._nursery.start_soon(
+            self._in_thread, peer, request_id, region, request.offset, request.byte_count,
+            partial(read, wait=True), reply,
+        )  # fmt: skip
+
+    def _write(
+        self, peer: Peer, request_id: int, request: WriteBlocks, payload: memoryview | None
+    ) -> None:
+        if payload is None:
+            raise InvalidError("a write without bytes")
+        # Claimed a second time: blocks may have been granted again while the payload arrived.
+        region = self._claim(request, len(payload))
+        self.counters["writes"] += 1
+        self.counters["written_bytes"] += len(payload)
+        if region.medium.blocks is not None:
+            peer.reply(request_id, Empty())
+            return
+        write = partial(region.medium.write, request.offset, payload)
+        # With all threads taken the write is done here and now: the sender has to wait for it.
+        if len(payload) <= INLINE_WRITE_MAX_BYTES or not self._threads.available_tokens:
+            try:
+                write()
+            except OSError as error:
+                raise self._device_failed(region, request.offset, len(payload), error) from error
+            peer.reply(request_id, Empty())
+            return
+        self._writes_in_threads[peer.client_id] += 1
+
+        def finished() -> None:
+            self._writes_in_threads[peer.client_id] -= 1
+
+        self._nursery.start_soon(
+            self._in_thread, peer, request_id, region, request.offset, len(payload),
+            write, partial(peer.reply, request_id, Empty()), finished,
+        )  # fmt: skip
+
+    def _flush(self, peer: Peer, request_id: int, request: FlushRegion) -> None:
+        region = self._region(request.region)
+        self.counters["flushes"] += 1
+        if not region.medium.durable:
+            peer.reply(request_id, FlushReply(durable=region.medium.flush()))
+            return
+        self._nursery.start_soon(
+            self._in_thread, peer, request_id, region, 0, 0,
+            region.medium.flush, partial(peer.reply, request_id, FlushReply(durable=True)),
+        )  # fmt: skip
+
+    def _attach(self, peer: Peer, request_id: int, request: AttachRegions) -> None:
+        if not peer.is_local:
+            raise NotSupportedError("regions can be attached only over the Unix socket")
+        if request.client_id != peer.client_id:
+            raise InvalidError(
+                f"client {peer.client_id:016x} cannot attach as {request.client_id:016x}"
+            )
+        if self._regions is None:
+            raise _not_registered()
+        regions = list(self._regions.values())
+        life_line_fd = self._fencing.new_life_line(peer.client_id)
+        try:
+            peer.reply(
+                request_id,
+                AttachReply(tuple(region.attached for region in regions)),
+                fds=[*(region.medium.shared_fd for region in regions), life_line_fd],
+            )
+        finally:
+            os.close(life_line_fd)
+        self.counters["attaches"] += 1
+
+    # --- helpers --------------------------------------------------------------------------------
+
+    def _region(self, region_id: int) -> Region:
+        if self._regions is None:
+            raise _not_registered()
+        try:
+            return self._regions[region_id]
+        except KeyError:
+            raise BlockLostError(f"this storage server has no region {region_id}") from None
+
+    def _claim(self, request: WriteBlocks, byte_count: int) -> Region:
+        region = self._region(request.region)
+        region.check_range(request.offset, byte_count)
+        region.claim(request.offset, byte_count, request.generation)
+        return region
+
+    async def _in_thread(
+        self,
+        peer: Peer,
+        request_id: int,
+        region: Region,
+        offset: int,
+        byte_count: int,
+        work: Callable[[], object],
+        reply: Callable[[], None],
+        finished: Callable[[], None] = lambda: None,
+    ) -> None:
+        try:
+            await trio.to_thread.run_sync(work, limiter=self._threads)
+        except OSError as error:
+            peer.reply_error(request_id, self._device_failed(region, offset, byte_count, error))
+        else:
+            reply()
+        finally:
+            finished()
+
+    def _device_failed(
+        self, region: Region, offset: int, byte_count: int, error: OSError
+    ) -> CrailError:
+        self.counters["device_errors"] += 1
+        blocks = region.blocks(offset, byte_count) if byte_count else range(0)
+        region.failed_blocks.update(blocks)
+        log.error("region %s: %s in %s", region.medium.path, error.strerror, blocks or "flushing")
+        return DamagedError(
+            f"region {region.medium.path}, {byte_count} bytes at {offset}: {error.strerror}; "
+            "check the device under it"
+        )
+
+
+def _not_registered() -> TryAgainError:
+    return TryAgainError("this storage server has not yet registered with the metadata server")
