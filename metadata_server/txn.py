@@ -30,6 +30,7 @@ class Change(NamedTuple):
 
 
 TABLE_NUMBERS = {table: number for number, table in enumerate(schema.TABLES)}
+_STATE_NUMBER = TABLE_NUMBERS[schema.STATE]
 
 
 class Txn:
@@ -177,6 +178,24 @@ class Txn:
         for change in reversed(self._changes[mark:]):
             self._write(change.table, change.key, change.old)
         del self._changes[mark:]
+
+    def forget(self, mark: int) -> None:
+        """Drop the record of the changes since ``mark``: their transaction is lost anyway."""
+        del self._changes[mark:]
+
+    def reapply(self) -> None:
+        """Make the remembered changes again, in a transaction that has not seen them."""
+        self.apply((change.table, change.key, change.value) for change in self._changes)
+
+    def commit_as(self, journal_sequence: int) -> None:
+        """Commit, synced, as the state that has all journal records up to this one; ``attach``
+        must follow. lmdb.Error: nothing was committed."""
+        self.apply([(_STATE_NUMBER, b"journal_sequence", schema.encode(journal_sequence))])
+        self._transaction.commit()
+
+    def abort(self) -> None:
+        """End the LMDB transaction, if it has not ended, without a trace."""
+        self._transaction.abort()
 
     @property
     def changes(self) -> list[Change]:
