@@ -69,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`crail fs ls | head`): nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
+    except (Exception, BaseExceptionGroup, KeyboardInterrupt) as error:
+        if _is_interrupt(error):
+            return 130
         known = error_of(error)
         if known is None:
             raise
@@ -95,6 +95,12 @@ def error_of(error: BaseException) -> CrailError | None:
         where = f"{error.filename}: " if error.filename else ""
         return CrailError(f"{where}{error.strerror}")
     return None
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(KeyboardInterrupt) is not None
+    return isinstance(error, KeyboardInterrupt)
 
 
 def _top_level(given: list[str]) -> int:

@@ -141,7 +141,7 @@ def test_a_death_while_starting_names_the_log(tmp_path: Path) -> None:
 
 
 def test_a_meant_end_of_the_mount_ends_all(tmp_path: Path) -> None:
-    specs = [
+    specs: list[dict[str, Any]] = [
         {"name": "server", "code": STEADY},
         {"name": "mount", "code": ENDS_WITH_0_ON_USR1, "ends_all": True},
     ]
