@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state",
         metavar="DIR",
-        help="check a file system that is down: the directory of `crail up`, or a metadata server's",
+        help="check a file system that is down: the directory of `crail up` or of a metadata server",
     )
     add_cluster_options(parser)
 
