@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from crailfs.errors import InvalidError
 from metadata_server import orphans, schema, space
 from metadata_server.context import Context
 from metadata_server.schema import Session
 from metadata_server.txn import Txn
+
+REQUEST_ID_END = (1 << 64) - 1
 
 
 def find(txn: Txn, client_id: int) -> Session | None:
@@ -52,14 +55,23 @@ def expire(txn: Txn, context: Context, client_id: int) -> None:
         return
     for ino in orphans.held_by(txn, client_id):
         orphans.release(txn, context, ino, client_id)
-    for key in [key for key, _ in txn.scan_prefix(schema.REPLIES, schema.session_key(client_id))]:
-        txn.delete(schema.REPLIES, key)
+    forget_replies(txn, client_id, REQUEST_ID_END)
     pending = set(session.fence_pending)
     for region in space.reclaim_grants(txn, client_id):
         value = txn.get(schema.REGIONS, schema.region_key(region))
         if value is not None:
             pending.add(schema.decode_region(value).server_id)
     _put(txn, replace(session, fence_pending=tuple(sorted(pending)), expired=True))
+
+
+def forget_replies(txn: Txn, client_id: int, completed_below: int) -> None:
+    """The client has the replies to its requests with ids below ``completed_below``: it will not
+    send them again."""
+    if not 0 <= completed_below <= REQUEST_ID_END:
+        raise InvalidError(f"{completed_below} is not a request id")
+    first, end = schema.reply_key(client_id, 0), schema.reply_key(client_id, completed_below)
+    for key in [key for key, _ in txn.scan(schema.REPLIES, first, end)]:
+        txn.delete(schema.REPLIES, key)
 
 
 def to_fence(txn: Txn, server_id: bytes) -> tuple[int, ...]:

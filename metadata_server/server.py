@@ -1,0 +1,72 @@
+"""The metadata server: a driver, a listening port, and what has to happen as time goes by."""
+
+from __future__ import annotations
+
+import trio
+
+from crailfs.config import Credentials, MetadataConfig
+from crailfs.limits import JOURNAL_SYNC_INTERVAL_MS
+from crailfs.net import server as rpc
+from metadata_server.driver import Driver
+from metadata_server.handler import DEFAULT_TIMINGS, OPERATIONS_SERVED, MetadataHandler, Timings
+
+__all__ = ["Timings", "serve"]
+
+_TICKS_PER_LEASE = 20
+
+
+async def serve(
+    config: MetadataConfig,
+    *,
+    timings: Timings = DEFAULT_TIMINGS,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled, then close the state cleanly; started with the bound addresses.
+
+    Raises ``DamagedError``, ``ConfigurationError`` or ``BusyError`` if the state directory or an
+    address cannot be used. OSError: the journal can no longer be written; what was acknowledged is
+    safe, and the next start goes on from there.
+    """
+    driver = Driver.open(config)
+    try:
+        handler = MetadataHandler(driver, timings)
+        credentials = Credentials(cluster_id=driver.cluster_id, secret=config.credentials.secret)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_keep_durable, driver, handler)
+            nursery.start_soon(_tick, handler, timings)
+            await rpc.serve(
+                config.listen,
+                handler,
+                credentials,
+                epoch=driver.epoch,
+                operations=OPERATIONS_SERVED,
+                task_status=task_status,
+            )
+    finally:
+        driver.close()
+
+
+async def _tick(handler: MetadataHandler, timings: Timings) -> None:
+    while True:
+        await trio.sleep(timings.lease_ms / 1000 / _TICKS_PER_LEASE)
+        handler.tick()
+
+
+async def _keep_durable(driver: Driver, handler: MetadataHandler) -> None:
+    """Sync the journal once an interval, and at once for whoever waits for it: one sync serves all
+    who began to wait before it. Checkpoint when it is due."""
+    wanted = trio.Event()
+    handler.sync_wanted = lambda: wanted.set()
+    while True:
+        with trio.move_on_after(JOURNAL_SYNC_INTERVAL_MS / 1000):
+            await wanted.wait()
+        wanted = trio.Event()
+        waiters = handler.take_sync_waiters()
+        driver.write_batch()
+        if driver.sync_due:
+            await trio.to_thread.run_sync(driver.sync_journal)
+        for answer in waiters:
+            answer()
+        handler.batch_done()
+        if driver.checkpoint_due:
+            driver.checkpoint()
