@@ -56,11 +56,12 @@ async def _keep_durable(driver: Driver, handler: MetadataHandler) -> None:
     """Sync the journal once an interval, and at once for whoever waits for it: one sync serves all
     who began to wait before it. Checkpoint when it is due."""
     wanted = trio.Event()
-    handler.sync_wanted = lambda: wanted.set()
+    handler.sync_wanted = wanted.set
     while True:
         with trio.move_on_after(JOURNAL_SYNC_INTERVAL_MS / 1000):
             await wanted.wait()
         wanted = trio.Event()
+        handler.sync_wanted = wanted.set
         waiters = handler.take_sync_waiters()
         driver.write_batch()
         if driver.sync_due:
