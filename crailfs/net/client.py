@@ -35,8 +35,6 @@ from crailfs.wire.messages import Challenge, Message, Opcode, Role, Welcome
 
 log = logging.getLogger(__name__)
 
-POLLS_SKIPPED_AFTER_MISS: Final = 8
-"""A server that did not answer at once is not waited for in place for so many calls."""
 CHECKPOINT_INTERVAL_S: Final = 0.002
 """How long a caller whose replies come at once keeps the other tasks waiting."""
 STABLE_CONNECTION_S: Final = 1.0
@@ -81,7 +79,6 @@ class RpcClient:
         self._last_failure = "no connection has been tried"
         self._refusal: CrailError | None = None
         """Why the server does not want this client; ``None``: it does, or has not been asked."""
-        self._polls_to_skip = 0
         self._checkpoint_s = 0.0
         self._descriptor_calls = trio.Lock()
 
@@ -156,7 +153,7 @@ class RpcClient:
             if session is not None:
                 session.send(call)
                 if len(self._pending) == 1:
-                    self._poll(session, call)
+                    session.wait_in_place(call)
             if not call.is_done:
                 call.done = trio.Event()
                 with trio.move_on_after(call.started_s + deadline_ms / 1000 - time.monotonic()):
@@ -171,12 +168,6 @@ class RpcClient:
             raise call.failure
         assert call.answer is not None
         return call.answer
-
-    def _poll(self, session: Session, call: Call) -> None:
-        if self._polls_to_skip:
-            self._polls_to_skip -= 1
-        elif not session.poll(call):
-            self._polls_to_skip = POLLS_SKIPPED_AFTER_MISS
 
     async def _wait_for_room(self, opcode: Opcode, deadline_ms: int) -> None:
         with trio.move_on_after(deadline_ms / 1000):

@@ -41,7 +41,7 @@ from crailfs.limits import (
 from crailfs.net.address import Listener, TcpAddress, UnixAddress, listen, parse_address, tune
 from crailfs.net.peer import AwaitedPayload, Handler, Peer
 from crailfs.net.ratelimit import LimitedLog
-from crailfs.net.waiting import can_wait_briefly, wait_briefly
+from crailfs.net.waiting import Spinner
 from crailfs.wire.codec import decode_request, error_frame, opcode_of, reply_frame
 from crailfs.wire.connection import NEED_DATA, PAYLOAD_RECEIVED, RECEIVE_BYTES, Frame
 from crailfs.wire.handshake import AcceptingSide, check_credentials
@@ -52,8 +52,6 @@ __all__ = ["Handler", "Peer", "serve"]
 
 log = logging.getLogger(__name__)
 
-HOT_POLL_S: Final = 0.000_3
-"""How long to wait in place for the next request before the task goes to sleep."""
 CHECKPOINT_INTERVAL_S: Final = 0.002
 """How long a busy server keeps trio's other tasks waiting."""
 DEADLINE_CHECK_S: Final = 0.25
@@ -131,19 +129,18 @@ class _Server:
     # --- the loop -------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        epoll, epoll_fd = self._epoll, self._epoll.fileno()
-        may_poll = can_wait_briefly(epoll_fd)
+        spinner = Spinner(self._epoll.fileno())
         while True:
-            await trio.lowlevel.wait_readable(epoll_fd)
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
             checkpoint_s = time.monotonic() + CHECKPOINT_INTERVAL_S
-            while events := epoll.poll(0):
+            while events := self._epoll.poll(0):
                 self._run_batch(events)
                 if time.monotonic() >= checkpoint_s:
                     await trio.lowlevel.checkpoint()
                     checkpoint_s = time.monotonic() + CHECKPOINT_INTERVAL_S
                 # A request that is still open is being answered by another task: let it run.
-                if may_poll and self._open_request_count == 0:
-                    wait_briefly(epoll_fd, HOT_POLL_S)
+                if self._open_request_count == 0:
+                    spinner.wait()
 
     def _run_batch(self, events: Sequence[tuple[int, int]]) -> None:
         self._in_batch = True

@@ -12,7 +12,7 @@ import trio
 from crailfs.errors import CrailError, InternalError, NotSupportedError, ProtocolError
 from crailfs.limits import REQUESTS_IN_FLIGHT_MAX
 from crailfs.net.link import Link, close_descriptors
-from crailfs.net.waiting import can_wait_briefly, wait_briefly
+from crailfs.net.waiting import Spinner
 from crailfs.wire.codec import (
     decode_error,
     decode_reply,
@@ -27,10 +27,8 @@ from crailfs.wire.messages import Message, Opcode
 
 log = logging.getLogger(__name__)
 
-POLL_S: Final = 0.000_2
-"""How long the only call in flight waits in place for its reply."""
-POLL_TOTAL_S: Final = 0.002
-"""The same while its payload is moving."""
+IN_PLACE_MAX_S: Final = 0.002
+"""How long a caller may keep other tasks waiting while its payload moves without a pause."""
 
 PushHandler = Callable[[Opcode, Message], Awaitable[Message]]
 
@@ -96,7 +94,7 @@ class Session:
         self._filling: tuple[Call, Frame] | None = None
         """The reply whose payload is arriving."""
         self._has_output = trio.Event()
-        self._may_poll = can_wait_briefly(link.sock.fileno())
+        self._spinner = Spinner(link.sock.fileno())
 
     async def run(self) -> None:
         """Ends only by cancellation: ``fail`` cancels the nursery."""
@@ -157,22 +155,15 @@ class Session:
 
     # --- receiving ------------------------------------------------------------------------------
 
-    def poll(self, call: Call) -> bool:
-        """Waits for the answer in place; False if it did not come soon."""
-        if not self._may_poll:
-            return False
-        fd = self._link.sock.fileno()
-        end_s = time.monotonic() + POLL_TOTAL_S
-        while not call.is_done and self.failure is None:
-            has_output = self._link.queue.byte_count > 0
-            if not wait_briefly(fd, POLL_S, writable=has_output):
-                return False
-            if has_output:
-                self._flush()
+    def wait_in_place(self, call: Call) -> None:
+        """Takes the answer without going through the scheduler, if it comes soon."""
+        end_s = time.monotonic() + IN_PLACE_MAX_S
+        while not call.is_done and self.failure is None and self._spinner.wait():
             self.receive()
+            if self._link.queue.byte_count:
+                self._flush()
             if time.monotonic() > end_s:
-                break
-        return call.is_done
+                return
 
     def receive(self) -> None:
         """Takes what one read of the socket gives and hands it on."""
