@@ -58,13 +58,60 @@ class Registrar:
         self._server = server
         self._regions = regions
         self._services = services
+        self._registered = False
+        self._growing = False
         self._hurry = trio.Event()
 
-    async def register(self) -> None:
-        """Tell the metadata server what is here; the regions get their ids.
+    async def join(self) -> None:
+        """Become a member whose space can be used at once.
 
-        Raises what it answers, and ``UnavailableError`` if it does not.
+        Raises what the metadata server answers, and ``UnavailableError`` if it does not.
         """
+        for region in self._regions:
+            await self._provision_step(region)
+        await self._register()
+        self._registered = await self._heartbeat()
+
+    async def run(self) -> None:
+        """Heartbeats until cancelled; registers again whenever that is needed."""
+        while True:
+            await self._wait()
+            try:
+                if not self._registered:
+                    await self._register()
+                self._registered = await self._heartbeat()
+            except InvalidError as error:
+                log.warning("registering again: %s", error.message)
+                self._registered = False
+            except CrailError as error:
+                log.warning("no heartbeat: %s", error.message)
+            except OSError as error:
+                log.error("clients cannot be cut off, their blocks stay reserved: %s", error)
+
+    async def provision(self, region: Region) -> None:
+        """Keep ``region`` usable ahead of what is handed out, until cancelled."""
+        while True:
+            wanted_blocks = region.wanted_blocks
+            more = await self._provision_step(region)
+            if more is None:
+                with trio.move_on_after(NO_SPACE_RETRY_MS / 1000):
+                    await region.high_water_raised()
+            elif not more and region.wanted_blocks == wanted_blocks:
+                await region.high_water_raised()
+
+    async def _provision_step(self, region: Region) -> bool | None:
+        """Whether there may be more to do; None: the host has no room."""
+        usable_before = region.medium.usable_blocks
+        try:
+            more = await trio.to_thread.run_sync(region.medium.provision, region.wanted_blocks)
+        except NoSpaceError as error:
+            log.warning("%s; trying again later", error.message)
+            return None
+        if region.medium.usable_blocks != usable_before:
+            self._hurry.set()
+        return more
+
+    async def _register(self) -> None:
         reply = await self._metadata.call(
             Opcode.REGISTER_STORAGE,
             RegisterStorage(self._server, tuple(region.info for region in self._regions)),
@@ -77,47 +124,8 @@ class Registrar:
         self._services.offer(self._regions)
         log.info("registered as %s on %s", self._server.id.hex(), self._server.host)
 
-    async def run(self) -> None:
-        """Heartbeats until cancelled; registers again whenever that is needed."""
-        registered = True
-        growing = False
-        while True:
-            if registered:
-                await self._wait(growing)
-            else:
-                await trio.sleep(STORAGE_HEARTBEAT_INTERVAL_MS / 1000)
-            try:
-                if not registered:
-                    await self.register()
-                    registered = True
-                reply = await self._heartbeat()
-                registered = reply.known
-                growing = registered and self._obey(reply)
-            except InvalidError as error:
-                log.warning("registering again: %s", error.message)
-                registered = False
-            except CrailError as error:
-                log.warning("no heartbeat: %s", error.message)
-            except OSError as error:
-                log.error("clients cannot be cut off, their blocks stay reserved: %s", error)
-
-    async def provision(self, region: Region) -> None:
-        """Keep ``region`` usable ahead of what is handed out, until cancelled."""
-        while True:
-            usable_before = region.medium.usable_blocks
-            try:
-                more = await trio.to_thread.run_sync(region.medium.provision, region.wanted_blocks)
-            except NoSpaceError as error:
-                log.warning("%s; trying again later", error.message)
-                with trio.move_on_after(NO_SPACE_RETRY_MS / 1000):
-                    await region.high_water_raised()
-                continue
-            if region.medium.usable_blocks != usable_before:
-                self._hurry.set()
-            if not more:
-                await region.high_water_raised()
-
-    async def _heartbeat(self) -> HeartbeatReply:
+    async def _heartbeat(self) -> bool:
+        """Tell what is here, do what the answer asks for. False: this server is not registered."""
         reply = await self._metadata.call(
             Opcode.STORAGE_HEARTBEAT,
             StorageHeartbeat(
@@ -131,23 +139,24 @@ class Registrar:
             reply.known and len(reply.high_water_blocks) != len(self._regions)
         ):
             raise ProtocolError("the metadata server answered a heartbeat with something else")
-        return reply
+        if reply.known:
+            self._services.fence(reply.fence)
+            self._note_use(reply.high_water_blocks)
+        return reply.known
 
-    def _obey(self, reply: HeartbeatReply) -> bool:
-        """True: space is being handed out just now, and there is more to make usable."""
-        self._services.fence(reply.fence)
-        growing = False
-        for region, high_water_blocks in zip(self._regions, reply.high_water_blocks, strict=True):
-            raised = high_water_blocks > region.high_water_blocks
-            region.raise_high_water(high_water_blocks)
+    def _note_use(self, high_water_blocks: tuple[int, ...]) -> None:
+        """Space is being handed out (``growing``) if a mark moved that more can be made behind."""
+        self._growing = False
+        for region, block_count in zip(self._regions, high_water_blocks, strict=True):
+            raised = block_count > region.high_water_blocks
+            region.raise_high_water(block_count)
             if raised and region.medium.usable_blocks < region.medium.superblock.block_count:
-                growing = True
-        return growing
+                self._growing = True
 
-    async def _wait(self, growing: bool) -> None:
+    async def _wait(self) -> None:
         """Until the next heartbeat is due; never so short that heartbeats become a load."""
         await trio.sleep(GROWING_HEARTBEAT_INTERVAL_MS / 1000)
-        if not growing:
+        if not self._growing:
             rest_ms = STORAGE_HEARTBEAT_INTERVAL_MS - GROWING_HEARTBEAT_INTERVAL_MS
             with trio.move_on_after(rest_ms / 1000):
                 await self._hurry.wait()

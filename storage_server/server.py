@@ -71,7 +71,7 @@ async def serve(
                 )
                 server = _describe(config, state, bound)
                 registrar = Registrar(metadata, server, regions, services)
-                await registrar.register()
+                await registrar.join()
                 for region in regions:
                     work.start_soon(registrar.provision, region)
                 work.start_soon(registrar.run)

@@ -13,7 +13,7 @@ from typing import Protocol
 import trio
 
 from crailfs.config import ClientConfig
-from crailfs.errors import ConfigurationError, CrailError, UnavailableError
+from crailfs.errors import ConfigurationError, CrailError, FencedError, UnavailableError
 from crailfs.net.sending import Buffer
 from crailfs.records import StorageServerInfo
 from crailfs.transports.local import LocalTransport
@@ -61,7 +61,8 @@ async def connect(
     """The first of ``config.transports`` that works; its background tasks run in ``nursery``.
 
     ``local`` is only tried on the server's own host, known by the kernel's boot id. Raises
-    ``UnavailableError``, which names each transport and why it cannot be used.
+    ``UnavailableError``, which names each transport and why it cannot be used, and ``FencedError``
+    if the client lost its session: it must begin another one under a new id.
     """
     failures: list[str] = []
     for name in config.transports:
@@ -79,7 +80,7 @@ async def connect(
                 raise ConfigurationError(
                     f"transports: {name!r} is not a transport; use 'local' and 'tcp'"
                 )
-        except ConfigurationError:
+        except (ConfigurationError, FencedError):
             raise
         except CrailError as error:
             failures.append(f"{name}: {error.message}")

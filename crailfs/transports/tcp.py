@@ -11,7 +11,7 @@ from typing import Final
 import trio
 
 from crailfs.config import ClientConfig
-from crailfs.errors import CrailError, ProtocolError
+from crailfs.errors import CrailError, ProtocolError, UnavailableError
 from crailfs.limits import CONNECT_TIMEOUT_MS, PAYLOAD_MAX_BYTES
 from crailfs.net.client import RpcClient
 from crailfs.net.sending import Buffer
@@ -38,6 +38,12 @@ class TcpTransport:
         self._client = client
         self._timeout_ms = timeout_ms
         self._running = trio.CancelScope()
+
+    @property
+    def _open_client(self) -> RpcClient:
+        if self._running.cancel_called:
+            raise UnavailableError("the connection to the storage server was closed")
+        return self._client
 
     @classmethod
     async def connect(
@@ -81,7 +87,7 @@ class TcpTransport:
         )
 
     async def flush(self, region: int) -> bool:
-        reply = await self._client.call(
+        reply = await self._open_client.call(
             Opcode.FLUSH_REGION, FlushRegion(region), deadline_ms=self._timeout_ms
         )
         if not isinstance(reply, FlushReply):
@@ -96,7 +102,7 @@ class TcpTransport:
             await self._client.run()
 
     async def _read_piece(self, region: int, offset: int, into: memoryview) -> None:
-        await self._client.call(
+        await self._open_client.call(
             Opcode.READ_BLOCKS,
             ReadBlocks(region, offset, len(into)),
             into=into,
@@ -104,7 +110,7 @@ class TcpTransport:
         )
 
     async def _write_piece(self, request: WriteBlocks, data: memoryview) -> None:
-        await self._client.call(
+        await self._open_client.call(
             Opcode.WRITE_BLOCKS, request, payload=data, deadline_ms=self._timeout_ms
         )
 
