@@ -82,7 +82,7 @@ class Driver:
         BusyError: another process has it. DamagedError, ConfigurationError: it cannot be used; the
         message says what to do, and nothing was changed.
         """
-        state = StateDirectory(config)
+        state = StateDirectory(config, clock_ns())
         try:
             return cls(state, clock_ns)
         except BaseException:

@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ class StateDirectory:
     was_clean: bool
     """Whether the last run ended in order."""
 
-    def __init__(self, config: MetadataConfig) -> None:
+    def __init__(self, config: MetadataConfig, now_ns: int) -> None:
         """Lock the directory, make a name space if it is empty, recover it otherwise.
 
         BusyError, ConfigurationError or DamagedError says what is wrong and what to do.
@@ -56,7 +55,7 @@ class StateDirectory:
             if not lmdb_path.exists():
                 if journal_path.exists():
                     raise _damaged(self.path, "there is a journal, but no LMDB database")
-                _make_name_space(config)
+                _make_name_space(config, now_ns)
             database = lmdb_path / "data.mdb"
             if not database.exists():
                 raise _damaged(self.path, f"{database.name} is missing")
@@ -144,7 +143,7 @@ def _open_environment(path: Path) -> lmdb.Environment:
     )
 
 
-def _make_name_space(config: MetadataConfig) -> None:
+def _make_name_space(config: MetadataConfig, now_ns: int) -> None:
     """Build an empty name space beside its place, then put it there."""
     block_size_bytes = config.block_size_bytes
     if not BLOCK_SIZE_MIN_BYTES <= block_size_bytes <= BLOCK_SIZE_MAX_BYTES or block_size_bytes & (
@@ -169,7 +168,7 @@ def _make_name_space(config: MetadataConfig) -> None:
         txn.set_state(b"next_ino", ROOT_INODE + 1)
         txn.set_state(b"node_count", 1)
         txn.set_state(b"clean", True)
-        txn.put_node(_root())
+        txn.put_node(_root(now_ns))
         txn.commit_as(0)
     finally:
         environment.close()
@@ -178,9 +177,8 @@ def _make_name_space(config: MetadataConfig) -> None:
     sync_directory(config.state)
 
 
-def _root() -> Attributes:
+def _root(now_ns: int) -> Attributes:
     """The root directory, owned by whoever runs the server."""
-    now_ns = time.time_ns()
     return Attributes(
         ino=ROOT_INODE,
         kind=NodeKind.DIRECTORY,
