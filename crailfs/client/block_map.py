@@ -1,0 +1,134 @@
+"""What a client knows of a file's committed extents."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Final
+
+from crailfs.client.ranges import RangeSet
+from crailfs.records import Extent, Location
+from crailfs.units import blocks_for
+
+CHECKSUM_BYTES: Final = 8
+FILE_BLOCKS_END: Final = 1 << 63
+"""Beyond every block that a file can have."""
+
+
+def cut(extent: Extent, first_block: int, end_block: int, block_size_bytes: int) -> Extent:
+    """The part of ``extent`` that lies in the given file blocks, which it must touch."""
+    extent_end = extent.file_block + extent.block_count
+    first = max(first_block, extent.file_block)
+    end = min(end_block, extent_end)
+    if first == extent.file_block and end == extent_end:
+        return extent
+    skipped = first - extent.file_block
+    has_tail = end == extent_end
+    return Extent(
+        file_block=first,
+        block_count=end - first,
+        tail_stored_bytes=extent.tail_stored_bytes if has_tail else block_size_bytes,
+        tail_visible_bytes=extent.tail_visible_bytes if has_tail else block_size_bytes,
+        replicas=tuple(
+            Location(place.region, place.block + skipped, place.generation)
+            for place in extent.replicas
+        ),
+        checksums=extent.checksums[
+            skipped * CHECKSUM_BYTES : (end - extent.file_block) * CHECKSUM_BYTES
+        ],
+    )
+
+
+class BlockMap:
+    """Extents of one file as of one ``data_version``, complete for the ``known`` blocks only."""
+
+    __slots__ = ("_block_size_bytes", "_extents", "_known", "_starts")
+
+    def __init__(self, block_size_bytes: int) -> None:
+        self._block_size_bytes = block_size_bytes
+        self._starts: list[int] = []
+        self._extents: list[Extent] = []
+        self._known = RangeSet()
+
+    @classmethod
+    def empty_file(cls, block_size_bytes: int) -> BlockMap:
+        """Of a file that has no block at all: a hole from end to end."""
+        blocks = cls(block_size_bytes)
+        blocks._known.add(0, FILE_BLOCKS_END)
+        return blocks
+
+    @property
+    def extent_count(self) -> int:
+        return len(self._extents)
+
+    def first_unknown(self, first_block: int, end_block: int) -> tuple[int, int] | None:
+        return self._known.first_gap(first_block, end_block)
+
+    def knows(self, first_block: int, end_block: int) -> bool:
+        return self._known.covers(first_block, end_block)
+
+    def at(self, file_block: int) -> Extent | None:
+        """The extent that holds a known block; ``None``: a hole."""
+        index = bisect_right(self._starts, file_block) - 1
+        if index >= 0:
+            extent = self._extents[index]
+            if file_block < extent.file_block + extent.block_count:
+                return extent
+        return None
+
+    def overlapping(self, first_block: int, end_block: int) -> list[Extent]:
+        """Extents that touch the given blocks, in order, uncut."""
+        low, high = self._touching(first_block, end_block)
+        return self._extents[low:high]
+
+    def learn(self, first_block: int, end_block: int, extents: Iterable[Extent]) -> None:
+        """Take over what the metadata server said of these blocks."""
+        self._clear(first_block, end_block)
+        for extent in extents:
+            self.put(extent)
+        self._known.add(first_block, end_block)
+
+    def put(self, extent: Extent) -> None:
+        """Lay ``extent`` over whatever was at its blocks."""
+        end_block = extent.file_block + extent.block_count
+        self._clear(extent.file_block, end_block)
+        index = bisect_right(self._starts, extent.file_block)
+        self._starts.insert(index, extent.file_block)
+        self._extents.insert(index, extent)
+        self._known.add(extent.file_block, end_block)
+
+    def truncate(self, size_bytes: int) -> None:
+        """The metadata server has set the file's size to ``size_bytes``.
+
+        An extent whose tail was hidden has a new generation, which only a fresh map tells.
+        """
+        end_block = blocks_for(size_bytes, self._block_size_bytes)
+        self._clear(end_block, FILE_BLOCKS_END)
+        self._known.add(end_block, FILE_BLOCKS_END)
+        visible_bytes = size_bytes % self._block_size_bytes
+        last = self.at(end_block - 1) if visible_bytes else None
+        if last is not None and last.tail_visible_bytes > visible_bytes:
+            self._clear(last.file_block, end_block)
+            self._known.remove(last.file_block, end_block)
+
+    def _touching(self, first_block: int, end_block: int) -> tuple[int, int]:
+        low = bisect_right(self._starts, first_block) - 1
+        if low < 0 or self._starts[low] + self._extents[low].block_count <= first_block:
+            low += 1
+        high = low
+        while high < len(self._starts) and self._starts[high] < end_block:
+            high += 1
+        return low, high
+
+    def _clear(self, first_block: int, end_block: int) -> None:
+        low, high = self._touching(first_block, end_block)
+        if low == high:
+            return
+        kept: list[Extent] = []
+        first, last = self._extents[low], self._extents[high - 1]
+        if first.file_block < first_block:
+            kept.append(cut(first, 0, first_block, self._block_size_bytes))
+        if last.file_block + last.block_count > end_block:
+            kept.append(cut(last, end_block, FILE_BLOCKS_END, self._block_size_bytes))
+        self._extents[low:high] = kept
+        self._starts[low:high] = [extent.file_block for extent in kept]

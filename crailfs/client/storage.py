@@ -1,0 +1,114 @@
+"""Where regions are, and the way to each storage server."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from crailfs import transports
+from crailfs.config import ClientConfig
+from crailfs.errors import BlockLostError, UnavailableError
+from crailfs.transports import Transport
+from crailfs.wire.messages import ClusterMap
+
+log = logging.getLogger(__name__)
+
+
+class StorageAccess:
+    """Connects to a storage server when a block of it is first needed."""
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        nursery: trio.Nursery,
+        fetch_map: Callable[[], Awaitable[ClusterMap]],
+        client_id: Callable[[], int],
+    ) -> None:
+        self.any_remote = False
+        """Whether some server is reached over a network: then reading ahead pays."""
+        self._config = config
+        self._nursery = nursery
+        self._fetch_map = fetch_map
+        self._client_id = client_id
+        self._map: ClusterMap | None = None
+        self._by_region: dict[int, Transport] = {}
+        self._by_server: dict[bytes, Transport] = {}
+        self._locks: dict[bytes, trio.Lock] = {}
+
+    def known(self, region: int) -> Transport | None:
+        return self._by_region.get(region)
+
+    async def transport(self, region: int) -> Transport:
+        """Raises ``BlockLostError`` if no server has the region, ``UnavailableError`` if its server
+        cannot be reached."""
+        return self._by_region.get(region) or await self._connect(region)
+
+    async def discard(self, region: int, transport: Transport) -> None:
+        """``transport`` failed: ask where the region is now and connect anew when it is needed."""
+        self._map = None
+        broken = [server for server, known in self._by_server.items() if known is transport]
+        for server in broken:
+            del self._by_server[server]
+        for known_region in [r for r, known in self._by_region.items() if known is transport]:
+            del self._by_region[known_region]
+        if broken:
+            await transport.close()
+
+    def reset(self) -> None:
+        """The client id changed: the servers refuse the old one."""
+        old = list(self._by_server.values())
+        self._by_server.clear()
+        self._by_region.clear()
+        for transport in old:
+            self._nursery.start_soon(transport.close)
+
+    async def close(self) -> None:
+        servers = list(self._by_server.values())
+        self._by_server.clear()
+        self._by_region.clear()
+        for transport in servers:
+            await transport.close()
+
+    async def _connect(self, region: int) -> Transport:
+        server_id = await self._server_of(region)
+        async with self._locks.setdefault(server_id, trio.Lock()):
+            transport = self._by_server.get(server_id)
+            if transport is None:
+                transport = await self._reach(server_id)
+                self._by_server[server_id] = transport
+                self.any_remote = any(t.name != "local" for t in self._by_server.values())
+            self._by_region[region] = transport
+            return transport
+
+    async def _reach(self, server_id: bytes) -> Transport:
+        try:
+            return await self._reach_known(server_id)
+        except UnavailableError as error:
+            log.debug("asking anew where storage server %s is: %s", server_id.hex(), error)
+            self._map = None
+            return await self._reach_known(server_id)
+
+    async def _reach_known(self, server_id: bytes) -> Transport:
+        servers = {server.id: server for server in (await self._cluster_map()).servers}
+        server = servers.get(server_id)
+        if server is None:
+            raise BlockLostError(f"storage server {server_id.hex()} is no longer in the cluster")
+        transport = await transports.connect(server, self._config, self._client_id(), self._nursery)
+        log.info("storage server %s (%s): %s", server_id.hex(), server.host, transport.name)
+        return transport
+
+    async def _server_of(self, region: int) -> bytes:
+        for fresh in (False, True):
+            if fresh:
+                self._map = None
+            for placed in (await self._cluster_map()).regions:
+                if placed.id == region:
+                    return placed.server_id
+        raise BlockLostError(f"region {region} is no longer in the cluster: its blocks are lost")
+
+    async def _cluster_map(self) -> ClusterMap:
+        if self._map is None:
+            self._map = await self._fetch_map()
+        return self._map

@@ -1,0 +1,347 @@
+"""Writes: into granted blocks that no reader can see, published by a commit.
+
+Whoever calls a method with a ``FileState`` holds it (``FileState.exclusive``).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final, TypeAlias
+
+import trio
+
+from crailfs.client.commit import Batch, first_batch
+from crailfs.client.file_state import FileState, PendingBlock
+from crailfs.client.grants import CONTIGUOUS_BLOCKS_MAX, Grants, split
+from crailfs.client.pending_io import PendingIo
+from crailfs.client.ranges import RangeSet
+from crailfs.client.reader import Reader
+from crailfs.client.session import Session
+from crailfs.client.storage import StorageAccess
+from crailfs.errors import (
+    ConflictError,
+    CrailError,
+    FencedError,
+    NotFoundError,
+    StaleError,
+    TooLargeError,
+    UnavailableError,
+)
+from crailfs.limits import FILE_SIZE_MAX_BYTES
+from crailfs.records import Attributes, Run
+from crailfs.units import blocks_for
+from crailfs.wire.messages import CommitFile, Opcode, SyncMetadata
+
+log = logging.getLogger(__name__)
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+_PENDING_BLOCKS_MAX: Final = 8_192
+"""A file with more of them commits in the middle of writing."""
+_MERGE_ATTEMPTS_MAX: Final = 32
+
+
+class Writer:
+    def __init__(
+        self,
+        session: Session,
+        storage: StorageAccess,
+        grants: Grants,
+        reader: Reader,
+        pending_io: PendingIo,
+        block_size_bytes: int,
+    ) -> None:
+        self._session = session
+        self._storage = storage
+        self._grants = grants
+        self._reader = reader
+        self._io = pending_io
+        self._block_size_bytes = block_size_bytes
+
+    # --- writing ----------------------------------------------------------------------------
+
+    async def write(self, state: FileState, offset: int, data: Buffer) -> None:
+        """Raises ``NoSpaceError`` when every tier is full: what came before that stays written."""
+        view = memoryview(data).cast("B")
+        if offset + len(view) > FILE_SIZE_MAX_BYTES:
+            raise TooLargeError(
+                f"writing up to byte {offset + len(view)}: a file has at most {FILE_SIZE_MAX_BYTES}"
+            )
+        if state.uncertain:
+            await self._resolve_uncertain(state)
+        if len(state.pending) >= _PENDING_BLOCKS_MAX:
+            await self.commit(state)
+        block_size = self._block_size_bytes
+        position = 0
+        while position < len(view):
+            file_block, inner_offset = divmod(offset + position, block_size)
+            left = len(view) - position
+            if inner_offset == 0 and left >= block_size:
+                count = await self._write_whole(state, file_block, view[position:])
+            else:
+                count = min(block_size - inner_offset, left)
+                part = view[position : position + count]
+                await self._write_part(state, file_block, inner_offset, part)
+            position += count
+            state.pending_end = max(state.pending_end, offset + position)
+            state.mtime_ns = time.time_ns()
+            state.writes += 1
+
+    async def write_fresh(self, state: FileState, data: Buffer) -> None:
+        """Write a whole new content into a state that has none and is no file's yet."""
+        view = memoryview(data).cast("B")
+        block_size = self._block_size_bytes
+        position = 0
+        while len(view) - position >= block_size:
+            position += await self._write_whole(state, position // block_size, view[position:])
+        if position < len(view):
+            run = await self._allocate(state, 1)
+            block = await self._io.begin(state, run, view[position:])
+            state.pending[position // block_size] = block
+
+    async def _write_whole(self, state: FileState, file_block: int, data: memoryview) -> int:
+        """Write as many whole blocks as there is a run for; returns their bytes."""
+        block_size = self._block_size_bytes
+        pending = state.pending
+        block = pending.get(file_block)
+        if block is not None:
+            await self._io.replace(state, block, data[:block_size])
+            block.dirty = None
+            return block_size
+        count = 1
+        limit = len(data) // block_size
+        while count < limit and file_block + count not in pending:
+            count += 1
+        run = await self._allocate(state, count)
+        byte_count = run.block_count * block_size
+        for block in await self._io.put_whole(state, run, data[:byte_count]):
+            pending[file_block] = block
+            file_block += 1
+        return byte_count
+
+    async def _write_part(
+        self, state: FileState, file_block: int, inner_offset: int, data: memoryview
+    ) -> None:
+        block = state.pending.get(file_block)
+        end = inner_offset + len(data)
+        if block is None:
+            await self._copy_on_write(state, file_block, inner_offset, data)
+            return
+        await self._io.change(state, block, inner_offset, data)
+        if block.dirty is not None:
+            block.dirty.add(inner_offset, end)
+            if block.dirty.covers(0, self._block_size_bytes):
+                block.dirty = None
+
+    async def _copy_on_write(
+        self, state: FileState, file_block: int, inner_offset: int, data: memoryview
+    ) -> None:
+        extent = await self._reader.committed(state, file_block)
+        end = inner_offset + len(data)
+        base: Buffer = b""
+        if extent is not None and (
+            inner_offset > 0 or end < self._reader.visible_bytes(extent, file_block)
+        ):
+            base = await self._reader.read_block(extent, file_block)
+        content: Buffer = data
+        if inner_offset or len(base):
+            content = bytearray(max(len(base), end))
+            content[: len(base)] = base
+            content[inner_offset:end] = data
+        run = await self._allocate(state, 1)
+        block = await self._io.begin(state, run, content)
+        block.base_generation = 0 if extent is None else extent.replicas[0].generation
+        block.dirty = RangeSet((inner_offset, end))
+        state.pending[file_block] = block
+
+    async def _allocate(self, state: FileState, block_count: int) -> Run:
+        """A run of 1 to ``block_count`` blocks. A file that grows takes more at once, so that its
+        blocks come to lie next to each other."""
+        run = state.reserved
+        if run is None:
+            ahead = min(max(state.taken_blocks, state.allocation_blocks), CONTIGUOUS_BLOCKS_MAX)
+            run = await self._grants.take(state.pool_key, max(block_count, ahead))
+            state.taken_blocks += run.block_count
+            if self._storage.known(run.region) is None:
+                try:
+                    await self._storage.transport(run.region)
+                except CrailError:
+                    self._grants.give_back(state.pool_key, run)
+                    raise
+        state.reserved = None
+        if run.block_count > block_count:
+            run, state.reserved = split(run, block_count)
+        return run
+
+    # --- cutting ----------------------------------------------------------------------------
+
+    async def shorten(self, state: FileState, size: int) -> None:
+        """Forget what was written beyond ``size``; the committed part is the caller's."""
+        await self._io.settle(state)
+        block_size = self._block_size_bytes
+        end_block = blocks_for(size, block_size)
+        for file_block in [known for known in state.pending if known >= end_block]:
+            self._drop(state, file_block)
+        last_block, visible_bytes = divmod(size, block_size)
+        block = state.pending.get(last_block)
+        if block is not None and visible_bytes:
+            self._io.shorten(block, visible_bytes)
+            if block.dirty is not None:
+                block.dirty.remove(visible_bytes, block_size)
+                if not len(block.dirty):
+                    self._drop(state, last_block)
+        state.pending_end = min(state.pending_end, size)
+        state.writes += 1
+
+    def _drop(self, state: FileState, file_block: int) -> None:
+        """Its block holds nothing that anybody needs, and nothing is on its way there."""
+        block = state.pending.pop(file_block)
+        state.collected.pop(block, None)
+        state.epoch += 1
+        self._grants.give_back(state.pool_key, block.run)
+
+    def release_reserved(self, state: FileState) -> None:
+        if state.reserved is not None:
+            self._grants.give_back(state.pool_key, state.reserved)
+            state.reserved = None
+
+    # --- committing -------------------------------------------------------------------------
+
+    async def sync(self, state: FileState) -> None:
+        """Commit, and make bytes and commit as durable as the file's tiers can."""
+        await self._finish(state)
+        regions, state.unflushed_regions = state.unflushed_regions, set()
+        try:
+            await self._io.flush(regions)
+        except BaseException:
+            state.unflushed_regions |= regions
+            raise
+        if state.pending:
+            await self.commit(state, durable=True)
+        else:
+            await self._session.call(Opcode.SYNC_METADATA, SyncMetadata())
+
+    async def commit(self, state: FileState, *, durable: bool = False) -> None:
+        """Publish everything that is pending.
+
+        Raises late errors of writes, and then what was pending is lost. After
+        ``UnavailableError`` it is still here: commit again.
+        """
+        if state.uncertain:
+            await self._resolve_uncertain(state)
+        merges = 0
+        while state.pending:
+            await self._finish(state)
+            batch = first_batch(state.pending, self._block_size_bytes)
+            try:
+                await self._commit_batch(state, batch, durable)
+            except ConflictError as error:
+                merges += 1
+                if merges > _MERGE_ATTEMPTS_MAX:
+                    raise
+                log.debug("inode %d: merging with another client: %s", state.ino, error)
+                await self._merge(state)
+            except (NotFoundError, StaleError):
+                self.discard(state)
+                raise
+            except CrailError as error:
+                if not isinstance(error, UnavailableError):
+                    state.forget_pending()
+                if isinstance(error, FencedError):
+                    state.failure = None
+                raise
+        state.pending_end = 0
+
+    def discard(self, state: FileState) -> None:
+        """Give up what is pending: the file is gone."""
+        for file_block in list(state.pending):
+            self._drop(state, file_block)
+        state.forget_pending()
+
+    async def _finish(self, state: FileState) -> None:
+        try:
+            await self._io.finish(state)
+        except CrailError:
+            # Bytes may still arrive in these blocks: they come free with the session.
+            state.forget_pending()
+            raise
+
+    async def _commit_batch(self, state: FileState, batch: Batch, durable: bool) -> None:
+        cache = self._session.cache
+        is_last = len(batch.file_blocks) == len(state.pending)
+        last = batch.extents[-1]
+        end_block = last.file_block + last.block_count - 1
+        batch_end = end_block * self._block_size_bytes + last.tail_visible_bytes
+        request = CommitFile(
+            ino=state.ino,
+            extents=batch.extents,
+            bases=batch.bases,
+            minimum_size=state.pending_end if is_last else min(state.pending_end, batch_end),
+            mtime_ns=state.mtime_ns,
+            durable=durable and is_last,
+        )
+        ticket = cache.ticket()
+        try:
+            attributes: Attributes = await self._session.call(Opcode.COMMIT_FILE, request)
+        except (UnavailableError, trio.Cancelled):
+            state.uncertain = batch.file_blocks
+            raise
+        for file_block in batch.file_blocks:
+            state.pending.pop(file_block, None)
+        state.epoch += 1
+        blocks = cache.blocks(state.node)
+        node = cache.store(attributes, ticket, changed=True)
+        if node is not None and blocks is not None:
+            for extent in batch.extents:
+                blocks.put(extent)
+            cache.set_blocks(node, blocks)
+
+    async def _resolve_uncertain(self, state: FileState) -> None:
+        """Find out whether a commit that was never answered was carried out: its blocks must not be
+        written again if it was."""
+        first, end = min(state.uncertain), max(state.uncertain) + 1
+        committed = await self._reader.fresh_extents(state, first, end)
+        self._session.cache.invalidate(state.ino)
+        for file_block in state.uncertain:
+            block = state.pending.get(file_block)
+            extent = committed.at(file_block)
+            if block is None or extent is None:
+                continue
+            place = extent.replicas[0]
+            at = place.block + file_block - extent.file_block
+            if (place.region, at, place.generation) == (
+                block.region,
+                block.block,
+                block.generation,
+            ):
+                del state.pending[file_block]
+                state.epoch += 1
+        state.uncertain = []
+
+    async def _merge(self, state: FileState) -> None:
+        """Lay this client's bytes over the blocks that another client committed meanwhile."""
+        partly = {
+            file_block: block
+            for file_block, block in state.pending.items()
+            if block.dirty is not None
+        }
+        self._session.cache.drop_blocks(state.ino)
+        fresh = await self._reader.fresh_extents(state, min(partly), max(partly) + 1)
+        for file_block, block in partly.items():
+            extent = fresh.at(file_block)
+            generation = 0 if extent is None else extent.replicas[0].generation
+            if generation != block.base_generation:
+                base = b"" if extent is None else await self._reader.read_block(extent, file_block)
+                await self._rebase(state, block, base)
+                block.base_generation = generation
+
+    async def _rebase(self, state: FileState, block: PendingBlock, base: Buffer) -> None:
+        assert block.dirty is not None
+        own = memoryview(await self._io.read(state, block))
+        dirty_end = max(end for _, end in block.dirty)
+        content = bytearray(max(len(base), dirty_end))
+        content[: len(base)] = base
+        for start, end in block.dirty:
+            content[start:end] = own[start:end]
+        await self._io.replace(state, block, content)
