@@ -279,7 +279,7 @@ def test_a_directorys_placement_goes_back_to_its_parents(space: NameSpace) -> No
 )
 def test_placement_values_that_cannot_be(space: NameSpace, name: bytes, value: bytes) -> None:
     file = space.create(b"file")
-    with pytest.raises(InvalidError, match="."):
+    with pytest.raises(InvalidError):
         space.set_xattr(file.ino, b"user.crail." + name, value)
     assert space.attributes(file.ino) == file
 
