@@ -19,6 +19,7 @@ from crailfs.spark_jobs import tpcds
 
 TERASORT: Final = "TeraSort"
 QUERY_77: Final = "TPC-DS query 77"
+_PARTITION_COUNT: Final = 16
 _PROGRESS_INTERVAL_SECONDS: Final = 0.5
 
 
@@ -60,7 +61,7 @@ def default_settings(specification: JobSpecification) -> dict[str, str]:
         "spark.driver.memory": "2g",
         "spark.driver.host": "127.0.0.1",
         "spark.driver.bindAddress": "127.0.0.1",
-        "spark.sql.shuffle.partitions": "16",
+        "spark.sql.shuffle.partitions": str(_PARTITION_COUNT),
         "spark.sql.autoBroadcastJoinThreshold": "-1",
         "spark.sql.warehouse.dir": f"{specification.temporary_directory}/warehouse",
         "spark.ui.enabled": "false",
@@ -88,7 +89,7 @@ def main() -> int:
     for name, value in {**default_settings(specification), **specification.settings}.items():
         builder = builder.config(name, value)
     spark = builder.getOrCreate()
-    reporter = _ProgressReporter(spark)
+    reporter = _ProgressReporter(spark, _expected_task_count(specification))
     try:
         reporter.start()
         began = time.monotonic()
@@ -151,10 +152,19 @@ def shuffle_files(local_directory: Path) -> tuple[int, int]:
     return sum(sizes), len(sizes)
 
 
-class _ProgressReporter:
-    """Prints which part of the tasks known so far has ended."""
+def _expected_task_count(specification: JobSpecification) -> int:
+    """Roughly, for the progress display."""
+    if specification.job == QUERY_77:
+        return 60
+    file_count = len(list(Path(specification.input_directory).iterdir()))
+    return 2 * file_count + _PARTITION_COUNT
 
-    def __init__(self, spark: Any) -> None:
+
+class _ProgressReporter:
+    """Prints which part of the tasks has ended."""
+
+    def __init__(self, spark: Any, expected_task_count: int) -> None:
+        self._expected_task_count = expected_task_count
         self._tracker = spark.sparkContext.statusTracker()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -175,10 +185,10 @@ class _ProgressReporter:
                 for stage in self._tracker.getJobInfo(job).stageIds
                 if (info := self._tracker.getStageInfo(stage)) is not None
             ]
-            task_count = sum(stage.numTasks for stage in stages)
-            if task_count:
-                done = sum(stage.numCompletedTasks for stage in stages) / task_count
-                print(f"progress {done:.3f}", flush=True)
+            # Spark learns of a stage when those before it are done.
+            task_count = max(sum(stage.numTasks for stage in stages), self._expected_task_count)
+            done = sum(stage.numCompletedTasks for stage in stages) / task_count
+            print(f"progress {done:.3f}", flush=True)
 
 
 if __name__ == "__main__":
