@@ -18,7 +18,7 @@ import trio
 
 from crailfs.bench.progress import Progress
 from crailfs.bench.report import aligned
-from crailfs.bench.testbed import Testbed, last_lines, raise_on_signals
+from crailfs.bench.workbench import Workbench, last_lines, raise_on_signals
 from crailfs.cli.operator import cluster_status, connected
 from crailfs.config import ClientConfig
 from crailfs.errors import CrailError
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     raise_on_signals()
     try:
-        with Testbed("demo") as bed:
+        with Workbench("demo") as bed:
             _Demo(bed, options).run()
             if options.keep:
                 bed.keep()
@@ -103,7 +103,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 class _Demo:
-    def __init__(self, bed: Testbed, options: argparse.Namespace) -> None:
+    def __init__(self, bed: Workbench, options: argparse.Namespace) -> None:
         self._bed = bed
         self._scale: float = options.scale
         self._timeout_seconds = _STEP_TIMEOUT_SECONDS * max(1.0, self._scale)
@@ -304,7 +304,7 @@ def _peak_by_tier(config: ClientConfig | None) -> Iterator[dict[str, int]]:
         raise CrailError(f"the tiers' use could not be asked for: {failures[0]}")
 
 
-def _tell_what_is_kept(bed: Testbed, options: argparse.Namespace) -> None:
+def _tell_what_is_kept(bed: Workbench, options: argparse.Namespace) -> None:
     print(f"\nKept: the data in {bed.directory}/input")
     if options.on is None:
         print(f"and the file system at {bed.mountpoint}. To remove all of it:")

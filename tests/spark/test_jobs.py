@@ -11,7 +11,7 @@ import msgspec
 import pyspark
 import pytest
 
-from crailfs.bench.testbed import Testbed
+from crailfs.bench.workbench import Workbench
 from crailfs.spark_jobs import records, tpcds
 from crailfs.spark_jobs.job import (
     QUERY_77,
@@ -28,14 +28,14 @@ JOB_TIMEOUT_SECONDS = 150
 
 
 @pytest.fixture(scope="module")
-def bed() -> Iterator[Testbed]:
-    with Testbed("spark-test") as bed:
+def bed() -> Iterator[Workbench]:
+    with Workbench("spark-test") as bed:
         bed.start_crail("--memory", "256MiB", "--disk", "512MiB")
         yield bed
 
 
 def run(
-    bed: Testbed, job: str, input_directory: Path, settings: dict[str, str], **environment: str
+    bed: Workbench, job: str, input_directory: Path, settings: dict[str, str], **environment: str
 ) -> JobResult:
     specification = JobSpecification(
         job=job,
@@ -62,7 +62,7 @@ def run(
     return msgspec.json.decode((bed.directory / "result.json").read_bytes(), type=JobResult)
 
 
-def test_terasort_spills_and_shuffles_on_the_mount(bed: Testbed) -> None:
+def test_terasort_spills_and_shuffles_on_the_mount(bed: Workbench) -> None:
     """With more than one spill a map task, which are merged, and spills of the sort after it."""
     digest = records.generate(bed.directory / "records", RECORD_COUNT, seed=7)
     result = run(
@@ -84,7 +84,7 @@ def test_terasort_spills_and_shuffles_on_the_mount(bed: Testbed) -> None:
     assert result.local_files >= 3, "data, index and checksums of a map task"
 
 
-def test_executors_of_their_own_read_each_others_files(bed: Testbed, tmp_path: Path) -> None:
+def test_executors_of_their_own_read_each_others_files(bed: Workbench, tmp_path: Path) -> None:
     """Two executor processes: shuffle blocks are read by another process than wrote them."""
     answer = tpcds.generate(bed.directory / "tables", 0.01)
     spark_home = tmp_path / "spark-home"

@@ -30,7 +30,7 @@ _REFERENCE_SOURCE: Final = "usr/share/doc/libfuse3-dev/examples/passthrough_ll.c
 _REPORTED_LINES: Final = 12
 
 
-class Testbed:
+class Workbench:
     """A directory on disk, one on tmpfs, and file systems mounted below the former.
 
     Use it as a context manager. Its end takes down whatever was started, by force where it does
@@ -48,7 +48,7 @@ class Testbed:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._kept = False
 
-    def __enter__(self) -> Testbed:
+    def __enter__(self) -> Workbench:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,7 +104,7 @@ class Testbed:
     def start(
         self, command: Sequence[str], log: Path, environment: dict[str, str]
     ) -> subprocess.Popen[bytes]:
-        """Start a process that is ended with the testbed, and all that it starts with it. What it
+        """Start a process that is ended with the workbench, and all that it starts with it. What it
         prints to standard output is a pipe; the rest goes to ``log``."""
         with log.open("ab") as errors:
             process = subprocess.Popen(
@@ -225,13 +225,13 @@ class Testbed:
         return [path for path, _ in self.state.regions().values()]
 
     def _mounts(self) -> list[tuple[Path, str]]:
-        """Mount points below the testbed and their devices."""
+        """Mount points below the workbench and their devices."""
         return [
             (path, dev) for path, dev in _mountpoints().items() if self.directory in path.parents
         ]
 
     def _pids(self) -> list[int]:
-        """Processes that were started with this testbed's environment."""
+        """Processes that were started with this workbench's environment."""
         mark = f"TMPDIR={self.temporary}".encode()
         found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
