@@ -51,9 +51,11 @@ def take(txn: Txn, region: int, wanted: int, contiguous_blocks: int, run_limit: 
     for span in chosen:
         block_count = min(span.block_count, wanted)
         wanted -= block_count
-        txn.delete(schema.FREE, schema.free_key(region, span.block))
+        # Put before delete, here and below: LMDB drops a page whenever a table becomes empty, and
+        # reuses it only two checkpoints later.
         if block_count < span.block_count:
             _put_free(txn, region, span.block + block_count, span.block_count - block_count)
+        txn.delete(schema.FREE, schema.free_key(region, span.block))
         taken.append(Span(region, span.block, block_count))
     count(
         txn,
@@ -74,12 +76,12 @@ def retire(txn: Txn, region: int, block: int) -> bool:
     block_count = schema.unpack_u64(row[1])
     if found_region != region or block >= first + block_count:
         return False
+    if block + 1 < first + block_count:
+        _put_free(txn, region, block + 1, first + block_count - block - 1)
     if first < block:
         _put_free(txn, region, first, block - first)
     else:
         txn.delete(schema.FREE, row[0])
-    if block + 1 < first + block_count:
-        _put_free(txn, region, block + 1, first + block_count - block - 1)
     count(txn, region, free=-1)
     return True
 
@@ -117,9 +119,10 @@ def give(txn: Txn, spans: Iterable[Span]) -> None:
         behind_key = schema.free_key(region, first + added)
         behind = txn.get(schema.FREE, behind_key)
         if behind is not None:
-            txn.delete(schema.FREE, behind_key)
             block_count += schema.unpack_u64(behind)
         _put_free(txn, region, block, block_count)
+        if behind is not None:
+            txn.delete(schema.FREE, behind_key)
         count(txn, region, free=added)
 
 

@@ -174,15 +174,16 @@ def _take_granted(txn: Txn, client_id: int, span: Span, generation: int) -> None
             and behind >= 0
             and granted.generation == generation
         ):
+            # First what is put: see free_space.take.
+            if behind:
+                right = Granted(behind, generation, client_id)
+                right_key = schema.grant_key(client_id, region, span.block + span.block_count)
+                txn.put(schema.GRANTS, right_key, schema.encode(right))
             if before:
                 left = Granted(before, generation, client_id)
                 txn.put(schema.GRANTS, key, schema.encode(left))
             else:
                 txn.delete(schema.GRANTS, key)
-            if behind:
-                right = Granted(behind, generation, client_id)
-                right_key = schema.grant_key(client_id, region, span.block + span.block_count)
-                txn.put(schema.GRANTS, right_key, schema.encode(right))
             return
     raise FencedError(
         f"blocks {span.block}+{span.block_count} of region {span.region} are not granted to client "
