@@ -8,7 +8,7 @@ from pathlib import Path
 from crailfs.cli.exit_codes import ExitCode
 from crailfs.embedded import registry
 from crailfs.embedded.mountpoint import clean_dead_mount, unmount
-from crailfs.embedded.process_identity import ProcessIdentity, stop_process
+from crailfs.embedded.process_identity import ProcessIdentity, stop_process, wait_ended
 from crailfs.embedded.state import State
 from crailfs.embedded.supervisor import stop_leftovers
 from crailfs.errors import BusyError, UnavailableError
@@ -20,6 +20,7 @@ EXAMPLES = """\
   crail down /mnt/crail --destroy    and remove all that it holds
 """
 
+_MOUNT_END_TIMEOUT_S = 50.0
 _SUPERVISOR_STOP_TIMEOUT_S = 90.0
 """A little more than all its children's own deadlines together."""
 
@@ -84,6 +85,10 @@ def _stop(state: State, mountpoint: Path, *, force: bool) -> bool:
         return found
     if find_mount(mountpoint) is not None:
         unmount(mountpoint, force=force)
+        mount = running.processes.get("mount") if running is not None else None
+        if mount is not None and mount.identity is not None:
+            # It commits what is open and ends by itself; being told to stop would not hasten it.
+            wait_ended(mount.identity, _MOUNT_END_TIMEOUT_S if not force else 0.0)
     stop_process(supervisor, timeout_s=_SUPERVISOR_STOP_TIMEOUT_S, what="supervisor")
     if state.read_running() is not None:
         state.lock()

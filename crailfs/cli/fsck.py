@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state",
         metavar="DIR",
-        help="check a file system that is down: the directory of `crail up` or of a metadata server",
+        help="check one that is down: the state directory of `crail up` or of a metadata server",
     )
     add_cluster_options(parser)
 
@@ -99,6 +99,7 @@ async def _check_online(config: ClientConfig, data: bool) -> int:
 
 async def _check_data(config: ClientConfig) -> list[str]:
     """Read every block that a file has; what could not be read as it was written."""
+    from crailfs.cli.fs.listing import printable
     from crailfs.cli.operator import connected
     from crailfs.cli.walk import walk
     from crailfs.client.filesystem import FileSystem
@@ -119,7 +120,7 @@ async def _check_data(config: ClientConfig) -> list[str]:
             except (NotFoundError, StaleError):
                 continue  # removed while we looked
             except CrailError as error:
-                findings.append(f"{path}: {error.message}")
+                findings.append(f"{printable(path)}: {error.message}")
             file_count += 1
             if sys.stderr.isatty() and time.monotonic() - shown_at > 0.5:
                 shown_at = time.monotonic()

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 async def walk(
-    file_system: FileSystem, top: int = ROOT_INODE, prefix: str = ""
-) -> AsyncIterator[tuple[str, Attributes]]:
-    """Path (names that are not UTF-8 escaped) and attributes of everything below ``top``, each
-    directory before what is in it. What is removed meanwhile may be missing."""
+    file_system: FileSystem, top: int = ROOT_INODE, prefix: bytes = b""
+) -> AsyncIterator[tuple[bytes, Attributes]]:
+    """Path and attributes of everything below ``top``, each directory before what is in it. What
+    is removed meanwhile may be missing."""
     # One page of one directory on each level is held, however large the tree.
     from crailfs.errors import NotFoundError, StaleError
 
@@ -27,7 +27,7 @@ async def walk(
         except (NotFoundError, StaleError):
             return
         for entry in page.entries:
-            path = f"{prefix}/{entry.name.decode(errors='backslashreplace')}"
+            path = prefix + b"/" + entry.name
             yield path, entry.attributes
             if entry.attributes.is_directory:
                 async for found in walk(file_system, entry.attributes.ino, path):

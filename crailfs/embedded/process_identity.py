@@ -32,6 +32,19 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
         return ProcessIdentity.of(self.pid) == self
 
 
+def wait_ended(process: ProcessIdentity, timeout_s: float) -> bool:
+    """Whether a process, which need not be our child, ends within ``timeout_s`` (or has before)."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        # The descriptor is of whatever has the pid now; checked after opening it cannot change.
+        return not process.is_running or bool(select.select([pidfd], [], [], timeout_s)[0])
+    finally:
+        os.close(pidfd)
+
+
 def stop_process(process: ProcessIdentity, *, timeout_s: float, what: str) -> None:
     """End a process that need not be our child: SIGTERM, and SIGKILL after ``timeout_s``.
 
@@ -43,7 +56,6 @@ def stop_process(process: ProcessIdentity, *, timeout_s: float, what: str) -> No
     except ProcessLookupError:
         return
     try:
-        # The descriptor is of whatever has the pid now; checked after opening it cannot change.
         if not process.is_running:
             return
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
