@@ -107,6 +107,8 @@ class Connection:
             assert self._state is _State.PAYLOAD, "receive_payload was not called"
             return self._next_payload_event()
         buffer = self._buffer
+        if not buffer:
+            return NEED_DATA
         if len(buffer) < HEADER_BYTES:
             if not MAGIC_BYTES.startswith(buffer[:4]):
                 raise ProtocolError(
