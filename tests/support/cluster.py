@@ -156,4 +156,4 @@ async def running_cluster(
             assert reply.findings == ()
             nursery.cancel_scope.cancel()
     finally:
-        memory_path.unlink(missing_ok=True)
+        memory_path.unlink(missing_ok=True)  # noqa: ASYNC240
