@@ -23,10 +23,10 @@ class _Buffer(bytearray):
 
 
 class Buffers:
-    """Hands out buffers, at most ``max_bytes`` in all at one time."""
+    """Hands out buffers, at most ``max_bytes`` (``BUFFERED_MAX_BYTES``) at one time."""
 
-    def __init__(self, max_bytes: int = BUFFERED_MAX_BYTES) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self._max_bytes = BUFFERED_MAX_BYTES if max_bytes is None else max_bytes
         self.held_bytes = 0
 
     def take(self, byte_count: int) -> memoryview:

@@ -17,7 +17,8 @@ from storage_server.media.superblock import DATA_OFFSET_BYTES
 
 PROVISION_MARGIN_BYTES: Final = 512 * MIB
 """How far memory is provisioned beyond the highest block that was ever handed out."""
-FAILED_REPORTED_MAX: Final = 65_536
+FAILED_REPORTED_MAX: Final = 1_024
+"""In one heartbeat; a device with more failed blocks than this has failed as a whole."""
 _MAP_NORESERVE: Final = 0x4000
 
 

@@ -140,7 +140,8 @@ class Registrar:
         ):
             raise ProtocolError("the metadata server answered a heartbeat with something else")
         if reply.known:
-            self._services.fence(reply.fence)
+            if self._services.fence(reply.fence):
+                self._hurry.set()
             self._note_use(reply.high_water_blocks)
         return reply.known
 

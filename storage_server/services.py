@@ -27,7 +27,6 @@ from crailfs.errors import (
 )
 from crailfs.limits import LEASE_MS
 from crailfs.net.server import Peer
-from crailfs.units import KIB
 from crailfs.wire.messages import (
     AttachRegions,
     AttachReply,
@@ -58,8 +57,6 @@ OPERATIONS: Final = frozenset(
         Opcode.STORAGE_STATUS,
     }
 )
-INLINE_WRITE_MAX_BYTES: Final = 128 * KIB
-"""Up to this a ``pwrite`` into the page cache is cheaper than the trip to a worker thread."""
 DISK_THREADS_MAX: Final = 8
 
 
@@ -83,15 +80,17 @@ class Services:
 
     # --- fencing --------------------------------------------------------------------------------
 
-    def fence(self, client_ids: Iterable[int]) -> None:
+    def fence(self, client_ids: Iterable[int]) -> bool:
         """Cut off these clients, the ones to cut off at present; ``fenced`` tells when that has
-        come true. Raises ``OSError`` if it cannot be recorded."""
+        come true. True: somebody new is among them. Raises ``OSError`` if it cannot be recorded."""
         clients = set(client_ids)
         self._fencing.refuse(clients)
+        fresh = not clients <= self._must_fence
         self._must_fence = clients
-        for client_id in self._must_fence:
+        for client_id in clients:
             for peer in tuple(self._peers.get(client_id, ())):
                 peer.close(f"client {client_id:016x} lost its session")
+        return fresh
 
     def fenced(self) -> tuple[int, ...]:
         """Of the clients to cut off: those that can write nothing any more."""
@@ -197,15 +196,18 @@ class Services:
         if region.medium.blocks is not None:
             peer.reply(request_id, Empty())
             return
-        write = partial(region.medium.write, request.offset, payload)
-        # With all threads taken the write is done here and now: the sender has to wait for it.
-        if len(payload) <= INLINE_WRITE_MAX_BYTES or not self._threads.available_tokens:
-            try:
-                write()
-            except OSError as error:
-                raise self._device_failed(region, request.offset, len(payload), error) from error
+        try:
+            done = region.medium.write_inline(request.offset, payload)
+            if not done and not self._threads.available_tokens:
+                # All threads are taken: writing here makes everybody wait, the sender too.
+                region.medium.write(request.offset, payload)
+                done = True
+        except OSError as error:
+            raise self._device_failed(region, request.offset, len(payload), error) from error
+        if done:
             peer.reply(request_id, Empty())
             return
+        write = partial(region.medium.write, request.offset, payload)
         self._writes_in_threads[peer.client_id] += 1
 
         def finished() -> None:

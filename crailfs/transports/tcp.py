@@ -6,12 +6,13 @@ What is longer than one payload may be is asked for in pieces, several of them i
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 import trio
 
 from crailfs.config import ClientConfig
-from crailfs.errors import CrailError, ProtocolError, UnavailableError
+from crailfs.errors import CrailError, ProtocolError, TryAgainError, UnavailableError
 from crailfs.limits import CONNECT_TIMEOUT_MS, PAYLOAD_MAX_BYTES
 from crailfs.net.client import RpcClient
 from crailfs.net.sending import Buffer
@@ -19,6 +20,7 @@ from crailfs.records import StorageServerInfo
 from crailfs.wire.messages import (
     FlushRegion,
     FlushReply,
+    Message,
     Opcode,
     ReadBlocks,
     Role,
@@ -27,6 +29,8 @@ from crailfs.wire.messages import (
 )
 
 PIECES_IN_FLIGHT_MAX: Final = 4
+RETRY_DELAY_MIN_S: Final = 0.01
+RETRY_DELAY_MAX_S: Final = 0.2
 
 
 class TcpTransport:
@@ -102,17 +106,34 @@ class TcpTransport:
             await self._client.run()
 
     async def _read_piece(self, region: int, offset: int, into: memoryview) -> None:
-        await self._open_client.call(
-            Opcode.READ_BLOCKS,
-            ReadBlocks(region, offset, len(into)),
-            into=into,
-            deadline_ms=self._timeout_ms,
+        await self._retrying(
+            partial(
+                self._open_client.call,
+                Opcode.READ_BLOCKS,
+                ReadBlocks(region, offset, len(into)),
+                into=into,
+            )
         )
 
     async def _write_piece(self, request: WriteBlocks, data: memoryview) -> None:
-        await self._open_client.call(
-            Opcode.WRITE_BLOCKS, request, payload=data, deadline_ms=self._timeout_ms
+        await self._retrying(
+            partial(self._open_client.call, Opcode.WRITE_BLOCKS, request, payload=data)
         )
+
+    async def _retrying(self, call: Callable[..., Awaitable[Message]]) -> None:
+        """A server whose disks are behind asks to try again later: this is done until the
+        deadline."""
+        deadline_s = trio.current_time() + self._timeout_ms / 1000
+        delay_s = RETRY_DELAY_MIN_S
+        while True:
+            try:
+                await call(deadline_ms=max(1, int((deadline_s - trio.current_time()) * 1000)))
+                return
+            except TryAgainError:
+                if trio.current_time() + delay_s >= deadline_s:
+                    raise
+            await trio.sleep(delay_s)
+            delay_s = min(2 * delay_s, RETRY_DELAY_MAX_S)
 
     async def _in_pieces(
         self, byte_count: int, piece: Callable[[int, int], Awaitable[None]]

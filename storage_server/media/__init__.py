@@ -40,6 +40,9 @@ class Medium(Protocol):
         Raises ``OSError`` if the device cannot deliver the bytes.
         """
 
+    def write_inline(self, offset: int, data: memoryview) -> bool:
+        """``write`` in the event loop, or False if that should be left to a thread."""
+
     def write(self, offset: int, data: memoryview) -> None:
         """May wait for the device. Raises ``OSError`` if it does not take the bytes."""
 

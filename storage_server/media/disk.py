@@ -6,16 +6,12 @@ it back never costs a disk access. ``flush`` is ``fdatasync``.
 
 from __future__ import annotations
 
-import errno
 import os
-from typing import Final
 
 from crailfs.config import RegionConfig
+from crailfs.transports.file_io import InlineWrites, read_exactly, write_all
 from storage_server.media.region_file import RegionFile, open_region_file
 from storage_server.media.superblock import DATA_OFFSET_BYTES, Superblock
-
-_WOULD_BLOCK: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
-"""The bytes are not in the page cache; or the file system cannot tell."""
 
 
 class DiskMedium:
@@ -30,6 +26,7 @@ class DiskMedium:
         self.superblock = file.superblock
         self.shared_fd = file.shared_fd
         self.blocks: memoryview | None = None
+        self._inline_writes = InlineWrites()
         self.usable_blocks = file.superblock.block_count
 
     @classmethod
@@ -49,26 +46,16 @@ class DiskMedium:
         )
 
     def read_into(self, offset: int, buffer: memoryview, *, wait: bool) -> bool:
-        position = DATA_OFFSET_BYTES + offset
-        while buffer:
-            try:
-                count = os.preadv(self._file.fd, [buffer], position, 0 if wait else os.RWF_NOWAIT)
-            except OSError as error:
-                if not wait and error.errno in _WOULD_BLOCK:
-                    return False
-                raise
-            if count == 0:
-                raise OSError(errno.EIO, "the region's file ends early", str(self.path))
-            buffer = buffer[count:]
-            position += count
+        return read_exactly(self._file.fd, buffer, DATA_OFFSET_BYTES + offset, wait=wait)
+
+    def write_inline(self, offset: int, data: memoryview) -> bool:
+        if not self._inline_writes.allowed(len(data)):
+            return False
+        self._inline_writes.write_all(self._file.fd, data, DATA_OFFSET_BYTES + offset)
         return True
 
     def write(self, offset: int, data: memoryview) -> None:
-        position = DATA_OFFSET_BYTES + offset
-        while data:
-            count = os.pwrite(self._file.fd, data, position)
-            data = data[count:]
-            position += count
+        write_all(self._file.fd, data, DATA_OFFSET_BYTES + offset)
 
     def flush(self) -> bool:
         os.fdatasync(self._file.fd)

@@ -77,6 +77,10 @@ class MemoryMedium:
         buffer[:] = self._data[offset : offset + len(buffer)]
         return True
 
+    def write_inline(self, offset: int, data: memoryview) -> bool:
+        self.write(offset, data)
+        return True
+
     def write(self, offset: int, data: memoryview) -> None:
         self._data[offset : offset + len(data)] = data
 

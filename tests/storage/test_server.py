@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,8 @@ from crailfs.wire.messages import (
     StorageStatusReply,
     WriteBlocks,
 )
+from storage_server import buffers
 from storage_server import region as region_module
-from storage_server import services
 from storage_server.server import serve
 from tests.storage.cluster import (
     BLOCK,
@@ -65,6 +66,12 @@ async def cluster(directory: Path) -> AsyncIterator[tuple[FakeMetadata, StorageC
         config = storage_config(directory, metadata)
         async with storage_running(config, metadata):
             yield metadata, config
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every write to a disk goes to a thread, as if the device had fallen behind."""
+    monkeypatch.setattr("storage_server.media.disk.DiskMedium.write_inline", lambda *_: False)
 
 
 @contextlib.asynccontextmanager
@@ -442,17 +449,68 @@ async def test_counts_what_it_does(tmp_path: Path) -> None:
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("inline_max_bytes", [0, PAYLOAD_MAX_BYTES])
+@pytest.mark.usefixtures("slow_disk")
+async def test_writers_that_a_disk_cannot_follow_are_put_off_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "BUFFERED_MAX_BYTES", 4 * MIB)
+    async with cluster(tmp_path) as (metadata, _), trio.open_nursery() as nursery:
+        region = metadata.region_id(Tier.DISK)
+        done = trio.open_memory_channel[None](16)
+
+        async def write(index: int) -> None:
+            async with attached(metadata, "tcp", 100 + index) as transport:
+                await transport.write(region, index * MIB, 1, bytes([index]) * MIB)
+                assert bytes(await transport.read(region, index * MIB, MIB)) == bytes([index]) * MIB
+                await done[0].send(None)
+
+        for index in range(16):
+            nursery.start_soon(write, index)
+        with trio.fail_after(20):
+            for _ in range(16):
+                await done[1].receive()
+
+
+@pytest.mark.usefixtures("slow_disk")
+async def test_a_client_is_not_fenced_while_a_thread_writes_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, may_end = threading.Event(), threading.Event()
+
+    def write(*_: object) -> None:
+        started.set()
+        assert may_end.wait(20)
+
+    monkeypatch.setattr("storage_server.media.disk.DiskMedium.write", write)
+    async with cluster(tmp_path) as (metadata, _), attached(metadata, "tcp") as transport:
+        region = metadata.region_id(Tier.DISK)
+
+        async def cut_off() -> None:
+            with pytest.raises(FencedError):
+                await transport.write(region, 0, 1, b"x")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cut_off)
+            await trio.to_thread.run_sync(started.wait)
+            metadata.fence = (CLIENT, 4711)
+            heartbeat = await metadata.wait_for(lambda heartbeat: bool(heartbeat.fenced))
+            assert heartbeat.fenced == (4711,)
+            may_end.set()
+            await metadata.wait_for(lambda heartbeat: heartbeat.fenced == (CLIENT, 4711))
+
+
+@pytest.mark.parametrize("inline", [True, False])
 async def test_a_failing_device_is_an_error_and_its_blocks_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline_max_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline: bool
 ) -> None:
     def fail(*_: object, **__: object) -> bool:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(services, "INLINE_WRITE_MAX_BYTES", inline_max_bytes)
     async with cluster(tmp_path) as (metadata, _), attached(metadata, "tcp") as transport:
         region = metadata.region_id(Tier.DISK)
         monkeypatch.setattr("storage_server.media.disk.DiskMedium.write", fail)
+        write_inline = fail if inline else lambda *_: False
+        monkeypatch.setattr("storage_server.media.disk.DiskMedium.write_inline", write_inline)
         monkeypatch.setattr("storage_server.media.disk.DiskMedium.read_into", fail)
         monkeypatch.setattr("storage_server.media.disk.DiskMedium.flush", fail)
         for call in (
