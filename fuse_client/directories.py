@@ -9,56 +9,60 @@ of 100,000 entries holds their names and no more.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
 
-from crailfs.records import Attributes
+from crailfs.errors import StaleError
+from crailfs.units import ROOT_INODE
 from crailfs.wire.messages import DirectoryEntry, DirectoryPage
 
-PAGE_ENTRIES = 1_024
+if TYPE_CHECKING:
+    from crailfs.client.filesystem import FileSystem
 
-ReadPage = Callable[[int, bytes, int], Awaitable[DirectoryPage]]
-"""(directory, after this name, at most so many entries)"""
+PAGE_ENTRIES: Final = 1_024
+DOTS: Final = 2
+"""``.`` and ``..`` come first."""
 
 
 class DirectoryReader:
-    """One open directory: its entries by index, ``.`` and ``..`` first."""
+    """One open directory: its entries by index."""
 
-    def __init__(self, own: Attributes, parent: Attributes, read_page: ReadPage) -> None:
-        self.ino = own.ino
-        self._dots = [DirectoryEntry(b".", own), DirectoryEntry(b"..", parent)]
-        self._read_page = read_page
-        self._restart()
-
-    def _restart(self) -> None:
-        self._page = self._dots
+    def __init__(self, ino: int, file_system: FileSystem) -> None:
+        self.ino = ino
+        self._fs = file_system
+        self._page: tuple[DirectoryEntry, ...] = ()
         self._page_index = 0
-        self._names = [entry.name for entry in self._dots]
+        self._names: list[bytes] = []
         self._complete = False
 
-    async def entries_from(self, index: int) -> list[DirectoryEntry]:
+    async def entries_from(self, index: int) -> tuple[DirectoryEntry, ...]:
         """The entries known from ``index`` on, at least one unless the directory ends there.
 
-        Index 0 begins a new listing (``rewinddir``). An index that was never given out is the end.
+        Index 0 begins a new listing (``rewinddir``). An index that was never given out is the end,
+        and so is any in a directory that was removed meanwhile.
         """
-        if index == 0:
-            self._restart()
-        if index < self._page_index:
+        if index == 0 or index < self._page_index:
             # Back behind the page in use (seekdir): listed again, after the name that was there.
-            del self._names[max(index, len(self._dots)) :]
+            del self._names[index:]
             self._complete = False
-            if index < len(self._dots):
-                self._page, self._page_index = self._dots, 0
-            else:
-                await self._read_next()
-        elif index == len(self._names) and not self._complete:
-            await self._read_next()
+        if index == len(self._names) and not self._complete:
+            await self._read_page()
         return self._page[index - self._page_index :]
 
-    async def _read_next(self) -> None:
-        reported = len(self._names)
-        after = self._names[-1] if reported > len(self._dots) else b""
-        page = await self._read_page(self.ino, after, PAGE_ENTRIES)
-        self._page = list(page.entries)
-        self._page_index = reported
+    async def _read_page(self) -> None:
+        self._page_index = len(self._names)
+        try:
+            page = await self._next_page()
+        except StaleError:
+            page = DirectoryPage((), complete=True)
+        self._page = page.entries
         self._names.extend(entry.name for entry in page.entries)
         self._complete = page.complete
+
+    async def _next_page(self) -> DirectoryPage:
+        if len(self._names) >= DOTS:
+            after = self._names[-1] if len(self._names) > DOTS else b""
+            return await self._fs.read_directory(self.ino, after, PAGE_ENTRIES)
+        own = await self._fs.attributes(self.ino)
+        parent = own if self.ino == ROOT_INODE else await self._fs.attributes(own.parent)
+        dots = (DirectoryEntry(b".", own), DirectoryEntry(b"..", parent))
+        return DirectoryPage(dots[len(self._names) :], complete=False)

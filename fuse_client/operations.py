@@ -47,6 +47,10 @@ KINDS_BY_FORMAT: Final = {
 }
 """What mknod(2) can make."""
 
+RENAME_FLAGS: Final = pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE
+"""Linux's numbers are those of ``RenameFlag``; RENAME_WHITEOUT is not among them."""
+assert tuple(map(int, RenameFlag))[-2:] == (pyfuse3.RENAME_NOREPLACE, pyfuse3.RENAME_EXCHANGE)
+
 XATTR_NAMESPACES: Final = (b"user.", b"trusted.")
 """Others belong to a part of the kernel whose rules (inheritance, clearing on write) would have to
 be kept with them: POSIX ACLs, file capabilities, security labels."""
@@ -152,8 +156,16 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> EntryAttributes:
         mode = stat.S_IMODE(attr.st_mode) if fields.update_mode else None
-        owner_changes = fields.update_uid or fields.update_gid
-        if mode is None and (owner_changes or (fields.update_size and ctx.uid != 0)):
+        truncates = fields.update_size and ctx.uid != 0
+        changes_nothing = not (
+            fields.update_mode
+            or fields.update_uid
+            or fields.update_gid
+            or fields.update_size
+            or fields.update_atime
+            or fields.update_mtime
+        )
+        if truncates or changes_nothing:
             mode = await self._mode_to_clear(ino)
         return self._attributes(
             await self._fs.set_attributes(
@@ -168,7 +180,11 @@ class Operations(pyfuse3.Operations):
         )
 
     async def _mode_to_clear(self, ino: int) -> int | None:
-        """The mode without its set-id bits; ``None`` if there are none to clear."""
+        """The mode without its set-id bits; ``None`` if there are none to clear.
+
+        chown(-1, -1) arrives as a change of nothing and clears them too; one that names an owner
+        clears them on the server.
+        """
         attributes = await self._fs.attributes(ino)
         if FORMAT_BITS[attributes.kind] != stat.S_IFREG:
             return None
@@ -268,7 +284,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        if flags & ~(RenameFlag.NO_REPLACE | RenameFlag.EXCHANGE):
+        if flags & ~RENAME_FLAGS:
             raise FUSEError(errno.EINVAL)
         with self._changing(parent, new_parent):
             await self._fs.rename(parent, name, new_parent, new_name, RenameFlag(flags))
@@ -374,9 +390,7 @@ class Operations(pyfuse3.Operations):
 
     @_answers_errno
     async def opendir(self, ino: int, ctx: RequestContext) -> int:
-        own = await self._fs.attributes(ino)
-        parent = await self._fs.attributes(own.parent) if own.parent not in (0, ino) else own
-        return self._directories.add(DirectoryReader(own, parent, self._fs.read_directory))
+        return self._directories.add(DirectoryReader(ino, self._fs))
 
     @_answers_errno
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
@@ -397,6 +411,10 @@ class Operations(pyfuse3.Operations):
                 start_id += 1
                 if not pyfuse3.readdir_reply(token, listed.name, entry, start_id):
                     return
+
+    @_answers_errno
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._fs.sync()
 
     @_answers_errno
     async def releasedir(self, fh: int) -> None:

@@ -65,6 +65,7 @@ from crailfs.wire.messages import (
     SetXattr,
     Statistics,
     Status,
+    SyncMetadata,
     XattrFlag,
 )
 
@@ -478,6 +479,10 @@ class FileSystem:
     async def statistics(self) -> Statistics:
         reply: Statistics = await self._session.call(Opcode.GET_STATISTICS, GetStatistics())
         return reply
+
+    async def sync(self) -> None:
+        """Returns when every change of the name space acknowledged so far outlives a power cut."""
+        await self._session.call(Opcode.SYNC_METADATA, SyncMetadata())
 
     async def status(self) -> Status:
         reply: Status = await self._session.call(Opcode.GET_STATUS, GetStatus())
