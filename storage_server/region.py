@@ -10,13 +10,14 @@ import trio
 from crailfs.errors import FencedError, InvalidError
 from crailfs.limits import PAYLOAD_MAX_BYTES
 from crailfs.records import RegionInfo
-from crailfs.units import MIB
+from crailfs.units import GIB
 from crailfs.wire.messages import AttachedRegion, RegionState
 from storage_server.media import Medium
 from storage_server.media.superblock import DATA_OFFSET_BYTES
 
-PROVISION_MARGIN_BYTES: Final = 512 * MIB
-"""How far memory is provisioned beyond the highest block that was ever handed out."""
+PROVISION_MARGIN_BYTES: Final = 1 * GIB
+"""How far memory is provisioned beyond the highest block that was ever handed out: what a writer of
+2 GB/s takes between two heartbeats."""
 FAILED_REPORTED_MAX: Final = 1_024
 """In one heartbeat; a device with more failed blocks than this has failed as a whole."""
 _MAP_NORESERVE: Final = 0x4000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Final
 
 import trio
@@ -27,7 +28,9 @@ log = logging.getLogger(__name__)
 
 GROWING_HEARTBEAT_INTERVAL_MS: Final = 25
 """While memory is being handed out, both sides have to hear of it sooner: a writer of 2 GB/s
-takes all of the margin in a quarter of a second."""
+takes all of the margin in half a second."""
+GROWING_S: Final = 2.0
+"""How long after the last growth that goes on."""
 NO_SPACE_RETRY_MS: Final = 5_000
 
 
@@ -59,7 +62,7 @@ class Registrar:
         self._regions = regions
         self._services = services
         self._registered = False
-        self._growing = False
+        self._growing_until = -math.inf
         self._hurry = trio.Event()
 
     async def join(self) -> None:
@@ -146,18 +149,16 @@ class Registrar:
         return reply.known
 
     def _note_use(self, high_water_blocks: tuple[int, ...]) -> None:
-        """Space is being handed out (``growing``) if a mark moved that more can be made behind."""
-        self._growing = False
         for region, block_count in zip(self._regions, high_water_blocks, strict=True):
             raised = block_count > region.high_water_blocks
             region.raise_high_water(block_count)
             if raised and region.medium.usable_blocks < region.medium.superblock.block_count:
-                self._growing = True
+                self._growing_until = trio.current_time() + GROWING_S
 
     async def _wait(self) -> None:
         """Until the next heartbeat is due; never so short that heartbeats become a load."""
         await trio.sleep(GROWING_HEARTBEAT_INTERVAL_MS / 1000)
-        if not self._growing:
+        if trio.current_time() >= self._growing_until:
             rest_ms = STORAGE_HEARTBEAT_INTERVAL_MS - GROWING_HEARTBEAT_INTERVAL_MS
             with trio.move_on_after(rest_ms / 1000):
                 await self._hurry.wait()

@@ -14,7 +14,7 @@ from crailfs.records import Tier
 from crailfs.units import KIB, MIB
 from storage_server.buffers import Buffers
 from storage_server.media import open_medium
-from storage_server.region import Region
+from storage_server.region import PROVISION_MARGIN_BYTES, Region
 
 BLOCK = 64 * KIB
 
@@ -89,7 +89,7 @@ def test_high_water_only_rises(region: Region) -> None:
     region.raise_high_water(10)
     region.raise_high_water(3)
     assert region.high_water_blocks == 10
-    assert region.wanted_blocks == 10 + 512 * MIB // BLOCK
+    assert region.wanted_blocks == 10 + PROVISION_MARGIN_BYTES // BLOCK
 
 
 def test_buffers_are_bounded_and_come_back_when_the_last_view_goes() -> None:
