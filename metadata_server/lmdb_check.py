@@ -41,12 +41,12 @@ class _Meta(NamedTuple):
     transaction: int
 
 
-def check_database(path: Path, *, thorough: bool) -> None:
+def check_database(path: Path) -> None:
     """Raise DamagedError unless the LMDB file at ``path`` can be mapped and used.
 
-    ``thorough`` walks all pages; otherwise that is done only if the file is shorter than its last
-    page. LMDB leaves it so when the last pages were freed again in the transaction that took them:
-    then the file is extended, so that no access to it can fail.
+    LMDB leaves its file shorter than the last page when that was freed again in the transaction
+    that took it; then the file is extended, so that no access to it can fail. A database of
+    1,000,000 files (190 MB) takes half a second.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -56,8 +56,7 @@ def check_database(path: Path, *, thorough: bool) -> None:
         with mmap.mmap(descriptor, size_bytes, access=mmap.ACCESS_READ) as mapping:
             meta = _newest_meta(path, mapping)
             needed_bytes = (meta.last_page + 1) * meta.page_bytes
-            if thorough or size_bytes < needed_bytes:
-                _Walk(path, mapping, meta.page_bytes).run(meta)
+            _Walk(path, mapping, meta.page_bytes).run(meta)
         if size_bytes < needed_bytes:
             os.ftruncate(descriptor, needed_bytes)
     finally:

@@ -26,7 +26,7 @@ from crailfs.limits import BLOCK_SIZE_MAX_BYTES, BLOCK_SIZE_MIN_BYTES, LMDB_MAP_
 from crailfs.records import Attributes, NodeKind, Placement
 from crailfs.units import ROOT_INODE
 from metadata_server import schema
-from metadata_server.journal import HEADER_BYTES, Journal, sync_directory
+from metadata_server.journal import Journal, sync_directory
 from metadata_server.lmdb_check import check_database
 from metadata_server.txn import Txn
 
@@ -59,7 +59,7 @@ class StateDirectory:
             database = lmdb_path / "data.mdb"
             if not database.exists():
                 raise _damaged(self.path, f"{database.name} is missing")
-            check_database(database, thorough=_has_records(journal_path))
+            check_database(database)
             try:
                 self._environment = _open_environment(lmdb_path)
                 stack.callback(self._environment.close)
@@ -107,11 +107,6 @@ def apply_journal(journal: Journal, txn: Txn) -> None:
     """Apply what the journal has beyond LMDB's last commit."""
     for record in journal.replay(txn.state(b"journal_sequence")):
         txn.apply(record.rows)
-
-
-def _has_records(journal_path: Path) -> bool:
-    """Whether the last run did not end in order."""
-    return journal_path.exists() and journal_path.stat().st_size > HEADER_BYTES
 
 
 def _lock(path: Path) -> int:
