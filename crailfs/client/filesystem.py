@@ -119,7 +119,7 @@ class FileSystem:
         Raises ``UnavailableError`` if the metadata server does not answer within the configured
         timeout, ``AuthenticationError`` if it does not know the secret.
         """
-        async with _nursery() as nursery:
+        async with _background_nursery() as nursery:
             filesystem = cls(config, nursery)
             await nursery.start(filesystem._session.run)
             await filesystem._begin()
@@ -128,7 +128,6 @@ class FileSystem:
             finally:
                 with trio.move_on_after(_CLOSE_SECONDS, shield=True):
                     await filesystem._end()
-                nursery.cancel_scope.cancel()
 
     async def _begin(self) -> None:
         block_size = self.block_size_bytes = (await self.cluster_map()).block_size_bytes
@@ -546,12 +545,28 @@ def _check_holds_data(attributes: Attributes) -> None:
 
 
 @asynccontextmanager
-async def _nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery for background tasks; what its body raises comes out as it is, not in a group."""
+async def _background_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery for background tasks, which live until the body has ended, even if the body is
+    cancelled: what is open is committed through them. What is raised comes out as it is, not in a
+    group."""
+
+    async def hold(*, task_status: trio.TaskStatus[trio.Nursery]) -> None:
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as background:
+                task_status.started(background)
+                await trio.sleep_forever()
+
     try:
         async with trio.open_nursery() as nursery:
-            yield nursery
+            background = await nursery.start(hold)
+            try:
+                yield background
+            finally:
+                background.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        if len(group.exceptions) > 1:
+        raised: BaseException = group
+        while isinstance(raised, BaseExceptionGroup) and len(raised.exceptions) == 1:
+            raised = raised.exceptions[0]
+        if raised is group:
             raise
-        raise group.exceptions[0] from None
+        raise raised from None
