@@ -61,7 +61,7 @@ async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
 
 async def _put(file_system: FileSystem, table: int, key: bytes, given: str | None) -> None:
     if given is None:
-        value = await trio.wrap_file(sys.stdin.buffer).read(_VALUE_MAX_BYTES + 1)
+        value = await trio.to_thread.run_sync(sys.stdin.buffer.read, _VALUE_MAX_BYTES + 1)
     else:
         value = os.fsencode(given)
     if len(value) > _VALUE_MAX_BYTES:
