@@ -10,6 +10,8 @@ _SILENT_SECONDS: Final = 2.0
 _TERMINAL_INTERVAL_SECONDS: Final = 0.1
 _LINE_INTERVAL_SECONDS: Final = 5.0
 _BAR_WIDTH: Final = 28
+_TOLD_FROM: Final = 0.05
+"""Of less than this part, what is left cannot be told."""
 
 
 class Progress:
@@ -57,7 +59,7 @@ class Progress:
                 parts.append(f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}]")
             parts.append(f"{fraction:4.0%}")
         parts.append(f"{_clock(elapsed)} elapsed")
-        if fraction:
+        if fraction is not None and fraction >= _TOLD_FROM:
             parts.append(f"{_clock(elapsed / fraction - elapsed)} to go")
         if detail:
             parts.append(detail)
