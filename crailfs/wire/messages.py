@@ -25,7 +25,6 @@ from crailfs.records import (
     Tier,
 )
 
-
 Message = Record
 """A message body is a record: some replies are just one (``Attributes``)."""
 
