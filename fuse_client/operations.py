@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
+from msgspec.structs import replace
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext
 
-from crailfs.errors import CrailError, ExistsError, NotFoundError
+from crailfs.errors import CrailError, ExistsError, NotFoundError, StaleError
 from crailfs.limits import NAME_MAX_BYTES
 from crailfs.records import FORMAT_BITS, Attributes, NodeKind
 from crailfs.units import SHARD_SHIFT
@@ -31,7 +32,8 @@ from fuse_client.invalidation import DirectoryChanges
 from fuse_client.privileges import mode_without_set_id
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem, OpenFile
+    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.open_file import OpenFile
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +103,10 @@ class Operations(pyfuse3.Operations):
         self._files: HandleTable[OpenHandle] = HandleTable()
         self._directories: HandleTable[DirectoryReader] = HandleTable()
         self._page_cache_version: dict[int, int] = {}
-        """``data_version`` that the kernel's cached pages of a file belong to; bounded by what the
-        kernel remembers, which says so when it forgets."""
+        """``data_version`` that the kernel's cached pages of a file belong to; like the next one
+        bounded by what the kernel remembers, which says so when it forgets."""
+        self._removed: dict[int, Attributes] = {}
+        """Directories removed from here that a process may still be in, as they were last."""
 
     def init(self) -> None:
         """The kernel and libfuse have agreed: requests follow."""
@@ -131,6 +135,8 @@ class Operations(pyfuse3.Operations):
 
     @_answers_errno
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        if len(name) > NAME_MAX_BYTES:
+            raise FUSEError(errno.ENAMETOOLONG)
         try:
             attributes = await self._fs.lookup(parent, name)
         except NotFoundError:
@@ -141,10 +147,16 @@ class Operations(pyfuse3.Operations):
         """Inode numbers are never reused, so there is nothing to count."""
         for ino, _ in inode_list:
             self._page_cache_version.pop(ino, None)
+            self._removed.pop(ino, None)
 
     @_answers_errno
     async def getattr(self, ino: int, ctx: RequestContext) -> EntryAttributes:
-        return self._attributes(await self._fs.attributes(ino))
+        try:
+            return self._attributes(await self._fs.attributes(ino))
+        except StaleError:
+            if ino not in self._removed:
+                raise
+            return self._attributes(self._removed[ino])
 
     @_answers_errno
     async def setattr(
@@ -272,7 +284,9 @@ class Operations(pyfuse3.Operations):
     @_answers_errno
     async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
         with self._changing(parent):
+            directory = await self._fs.lookup(parent, name)
             await self._fs.remove(parent, name, directory=True)
+        self._removed[directory.ino] = replace(directory, nlink=0)
 
     @_answers_errno
     async def rename(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from crailfs.cli.operator import connected
+from crailfs.config import ClientConfig
+from crailfs.config_file import Settings
 from crailfs.units import MIB
+from crailfs.wire.messages import Audit, AuditReply, Opcode
 from tests.support.mounts import mounted
 from tests.support.process_cluster import ProcessCluster, process_cluster
 
@@ -24,12 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
-    base = tmp_path_factory.mktemp("mounted")
-    for directory in (base, *list(base.parents)[:2]):
-        directory.chmod(0o755)  # tests go there as other users
-    with process_cluster(base, memory_bytes=256 * MIB, disk_bytes=64 * MIB) as running:
-        yield running
+def cluster() -> Iterator[ProcessCluster]:
+    with tempfile.TemporaryDirectory(prefix="crailfs-mount-") as name:
+        base = Path(name)
+        base.chmod(0o755)  # tests go there as other users
+        with process_cluster(base, memory_bytes=256 * MIB, disk_bytes=64 * MIB) as running:
+            yield running
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +45,14 @@ def other_root(cluster: ProcessCluster) -> Iterator[Path]:
     options = ["--config", str(cluster.configuration)]
     with mounted(mountpoint, options, cluster.state / "other.log"):
         yield mountpoint
+
+
+async def audit(config: ClientConfig) -> tuple[str, ...]:
+    """What the metadata server finds wrong in its own tables."""
+    async with connected(config.metadata, config) as metadata:
+        reply = await metadata.call(Opcode.AUDIT, Audit())
+    assert isinstance(reply, AuditReply)
+    return reply.findings
 
 
 _numbers = itertools.count()
@@ -51,7 +65,8 @@ def place(cluster: ProcessCluster) -> Iterator[Path]:
     directory.mkdir()
     directory.chmod(0o777)
     yield directory
-    cluster.audit()
+    findings = trio.run(audit, Settings.load(cluster.configuration).client())
+    assert findings == ()
 
 
 @pytest.fixture

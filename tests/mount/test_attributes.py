@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,9 @@ from tests.support.mounts import in_child
 from tests.support.syscalls import UTIME_NOW, UTIME_OMIT, utimensat
 
 USER = 1234
+ACL = b"\2\0\0\0" + b"".join(
+    struct.pack("<HHI", tag, 6, 0xFFFFFFFF) for tag in (1, 4, 0x20)
+)  # rw-rw-rw-
 SECOND_NS = 1_000_000_000
 
 
@@ -213,8 +217,8 @@ def test_extended_attributes(place: Path) -> None:
         (lambda: os.setxattr(path, "user.none", b"", os.XATTR_REPLACE), errno.ENODATA),
         (lambda: os.setxattr(path, "user.large", bytes(65537)), errno.E2BIG),
         (lambda: os.setxattr(path, "user." + "n" * 251, b""), errno.ERANGE),
-        (lambda: os.setxattr(path, "security.capability", bytes(20)), errno.EOPNOTSUPP),
-        (lambda: os.setxattr(path, "system.posix_acl_access", b"\2\0\0\0"), errno.EOPNOTSUPP),
+        (lambda: os.setxattr(path, "security.other", b"x"), errno.EOPNOTSUPP),
+        (lambda: os.setxattr(path, "system.posix_acl_access", ACL), errno.EOPNOTSUPP),
         (lambda: os.getxattr(path, "system.posix_acl_access"), errno.EOPNOTSUPP),
     ):
         assert errno_of(call) == number
