@@ -76,6 +76,10 @@ _HARMLESS = frozenset({Opcode.GRANT_BLOCKS, Opcode.RETURN_BLOCKS})
 """Changes that no client can have cached."""
 
 
+HELD_UP_S = 2.0
+"""Between two ticks."""
+
+
 class _Answer(NamedTuple):
     peer: Peer
     request_id: int
@@ -120,7 +124,7 @@ class MetadataHandler:
         self._timings = timings
         self._clock_s = clock_s
         self._started_s = clock_s()
-        self._rotated_s = clock_s()
+        self._rotated_s = self._ticked_s = clock_s()
         self._leases = Leases()
         driver.holders = self._leases.holders
         self._clients: dict[int, Client] = {}
@@ -392,6 +396,9 @@ class MetadataHandler:
         """Let leases, sessions and storage servers expire; to be called a few times in the
         shortest of the ``Timings``."""
         now_s = self._clock_s()
+        if now_s - self._ticked_s > HELD_UP_S:
+            self._excuse_silence(now_s - self._ticked_s)
+        self._ticked_s = now_s
         lease_s = self._timings.lease_ms / 1000
         if self._missing and now_s - self._started_s >= lease_s:
             log.info("%d clients have not come back; going on without them", len(self._missing))
@@ -406,6 +413,13 @@ class MetadataHandler:
         self._expire_sessions(now_s)
         self._membership.expire()
         self.batch_done()
+
+    def _excuse_silence(self, held_up_s: float) -> None:
+        """This process itself did not run: what came meanwhile is yet to be read."""
+        log.warning("this server was held up for %.1f s: nobody's silence counts", held_up_s)
+        for client in self._clients.values():
+            client.was_active = True
+        self._membership.excuse_silence()
 
     def _recall_clients(self) -> None:
         """Sessions outlive a restart of this server."""

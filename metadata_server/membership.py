@@ -32,6 +32,10 @@ class Membership:
     def heard(self, server_id: bytes) -> None:
         self._heard_s[server_id] = self._clock_s()
 
+    def excuse_silence(self) -> None:
+        """Nobody could be heard: count from now."""
+        self._heard_s = dict.fromkeys(self._heard_s, self._clock_s())
+
     def expire(self) -> None:
         """Mark dead who has been silent for too long."""
         now_s = self._clock_s()

@@ -112,7 +112,7 @@ class StoredServer(Record, frozen=True):
     info: StorageServerInfo
 
 
-STALLED_HEARTBEATS: Final = 3
+STALLED_NS: Final = 2_000_000_000
 
 
 class StoredRegion(Record, frozen=True):
@@ -122,9 +122,9 @@ class StoredRegion(Record, frozen=True):
     failed: tuple[int, ...] = ()
     lost: bool = False
     """The server came back without it."""
-    full_heartbeats: int = 0
-    """How many heartbeats in a row found no free block and no growth, up to
-    ``STALLED_HEARTBEATS``: then the host has no memory for the rest of the region."""
+    full_since_ns: int = 0
+    """When a heartbeat first found no free block and no growth; 0: the last one found some. After
+    ``STALLED_NS`` the host has no memory for the rest of the region."""
 
 
 class Usage(Record, frozen=True):

@@ -61,7 +61,7 @@ def grant(
     regions = [r for r in known if storage_class.first <= r.stored.info.tier <= storage_class.last]
     available = [r for r in regions if r.grantable and r.usage.free_blocks]
     if not available:
-        raise _out_of_space(txn, storage_class, regions)
+        raise _out_of_space(txn, context, storage_class, regions)
     tier = min(r.stored.info.tier for r in available)
     racks = {r.server.rack for r in known if r.server.host == host and r.server.rack}
     candidates = sorted(
@@ -96,13 +96,11 @@ class _Region(NamedTuple):
     def grantable(self) -> bool:
         return self.server.alive and not self.stored.lost
 
-    @property
-    def grows(self) -> bool:
+    def grows(self, now_ns: int) -> bool:
         """Whether more of its blocks can be expected to become usable."""
-        return (
-            self.stored.usable_blocks < self.stored.info.block_count
-            and self.stored.full_heartbeats < schema.STALLED_HEARTBEATS
-        )
+        stored = self.stored
+        is_stalled = stored.full_since_ns and now_ns - stored.full_since_ns >= schema.STALLED_NS
+        return stored.usable_blocks < stored.info.block_count and not is_stalled
 
 
 def _regions(txn: Txn) -> list[_Region]:
@@ -124,7 +122,7 @@ def _distance(server: StorageServerInfo, location: str, host: str, racks: set[st
 
 
 def _out_of_space(
-    txn: Txn, storage_class: StorageClass, regions: list[_Region]
+    txn: Txn, context: Context, storage_class: StorageClass, regions: list[_Region]
 ) -> NoSpaceError | TryAgainError:
     live = {r.id for r in regions if r.grantable}
     if regions and not live:
@@ -136,7 +134,7 @@ def _out_of_space(
         _, region, _ = schema.unpack_owner_region_block(key)
         if region in live and schema.decode_granted(value).client == NOBODY:
             return TryAgainError(f"blocks of class {storage_class} are being reclaimed")
-    if any(r.grantable and r.grows for r in regions):
+    if any(r.grantable and r.grows(context.now_ns) for r in regions):
         return TryAgainError(f"memory of class {storage_class} is being provisioned")
     return NoSpaceError(
         f"every tier of storage class {storage_class} is full: delete files or add regions"

@@ -8,7 +8,7 @@ from crailfs.errors import InvalidError
 from crailfs.wire.messages import HeartbeatReply, RegionState, StorageHeartbeat
 from metadata_server import free_space, schema, sessions, space
 from metadata_server.context import Context
-from metadata_server.schema import STALLED_HEARTBEATS, StoredRegion
+from metadata_server.schema import StoredRegion
 from metadata_server.txn import Txn
 
 
@@ -26,7 +26,7 @@ def run(txn: Txn, request: StorageHeartbeat, context: Context) -> HeartbeatReply
                 f"region {state.region_id} is not one of storage server "
                 f"{request.server_id.hex()}: it must register again"
             )
-        _update(txn, key, stored, state)
+        _update(txn, context, key, stored, state)
         high_water_blocks.append(free_space.usage(txn, key).high_water_blocks)
     for client_id in request.fenced:
         sessions.fenced(txn, client_id, request.server_id)
@@ -43,7 +43,9 @@ def _region_key(state: RegionState) -> bytes:
     return schema.region_key(state.region_id)
 
 
-def _update(txn: Txn, key: bytes, stored: StoredRegion, state: RegionState) -> None:
+def _update(
+    txn: Txn, context: Context, key: bytes, stored: StoredRegion, state: RegionState
+) -> None:
     """Usable blocks only grow: what was handed out once stays accounted for."""
     usable_blocks = max(stored.usable_blocks, state.usable_blocks)
     if usable_blocks > stored.info.block_count:
@@ -66,13 +68,15 @@ def _update(txn: Txn, key: bytes, stored: StoredRegion, state: RegionState) -> N
         stored,
         usable_blocks=usable_blocks,
         failed=tuple(sorted({*stored.failed, *failed})),
-        full_heartbeats=_full_heartbeats(txn, key, stored, usable_blocks),
+        full_since_ns=_full_since_ns(txn, context, key, stored, usable_blocks),
     )
     if changed != stored:
         txn.put(schema.REGIONS, key, schema.encode(changed))
 
 
-def _full_heartbeats(txn: Txn, key: bytes, stored: StoredRegion, usable_blocks: int) -> int:
+def _full_since_ns(
+    txn: Txn, context: Context, key: bytes, stored: StoredRegion, usable_blocks: int
+) -> int:
     if usable_blocks > stored.usable_blocks or free_space.usage(txn, key).free_blocks:
         return 0
-    return min(stored.full_heartbeats + 1, STALLED_HEARTBEATS)
+    return stored.full_since_ns or context.now_ns

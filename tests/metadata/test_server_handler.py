@@ -145,8 +145,10 @@ class Server:
         return message.entries
 
     def pass_time(self, seconds: float) -> None:
-        self.now_s += seconds
-        self.handler.tick()
+        while seconds > 0:
+            self.now_s += min(seconds, 0.5)
+            seconds -= 0.5
+            self.handler.tick()
 
     def keep_alive(self, peer: FakePeer, *renew: int) -> KeepAliveReply:
         reply: KeepAliveReply = self.ask(peer, Opcode.KEEP_ALIVE, KeepAlive(0, renew))
@@ -514,6 +516,15 @@ def test_a_silent_client_loses_its_session(server: Server) -> None:
     server.pass_time(10.5)
     assert peer.closed
     assert server.welcome(FakePeer(1)).session_is_new
+
+
+def test_silence_while_the_server_itself_was_held_up_does_not_count(server: Server) -> None:
+    peer = server.connect(1)
+    server.pass_time(5)
+    server.now_s += 3_600
+    server.handler.tick()
+    server.pass_time(5)
+    assert not peer.closed and exists(server, peer, ROOT_INODE)
 
 
 def test_a_client_that_asks_anything_keeps_its_session(server: Server) -> None:
