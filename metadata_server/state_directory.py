@@ -87,13 +87,13 @@ class StateDirectory:
         txn = Txn(self.handles, self.begin())
         try:
             cluster_id = _check_identity(config, txn)
-            sequence = 0
-            if journal_path.exists():
-                with contextlib.closing(Journal.open(journal_path, cluster_id)) as journal:
-                    apply_journal(journal, txn)
-                    sequence = journal.sequence
-            elif txn.state(b"epoch") > 0:
-                raise _damaged(self.path, "its journal is missing")
+            if not journal_path.exists():
+                if txn.state(b"epoch") > 0:
+                    raise _damaged(self.path, "its journal is missing")
+                Journal.create(journal_path, cluster_id, 0).close()
+            with contextlib.closing(Journal.open(journal_path, cluster_id)) as journal:
+                apply_journal(journal, txn)
+                sequence = journal.sequence
             self.was_clean = txn.state(b"clean")
             txn.next_counter(b"epoch")
             txn.set_state(b"clean", False)
