@@ -41,11 +41,17 @@ def overlapping(
     return found + [schema.decode_extent(value) for _, value in rows]
 
 
-def generation_at(txn: Txn, ino: int, file_block: int) -> int:
-    """The generation of the block that the file shows there; 0: a hole."""
+HOLE = Location(0, 0, 0)
+
+
+def place_at(txn: Txn, ino: int, file_block: int) -> Location:
+    """Where the block that the file shows there lies; ``HOLE`` if there is none."""
     for extent in overlapping(txn, ino, file_block, file_block + 1):
-        return extent.replicas[0].generation
-    return 0
+        first = extent.replicas[0]
+        return Location(
+            first.region, first.block + file_block - extent.file_block, first.generation
+        )
+    return HOLE
 
 
 def put(txn: Txn, ino: int, extent: Extent) -> None:

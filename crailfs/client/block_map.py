@@ -14,6 +14,16 @@ CHECKSUM_BYTES: Final = 8
 FILE_BLOCKS_END: Final = 1 << 63
 """Beyond every block that a file can have."""
 
+HOLE: Final = Location(0, 0, 0)
+
+
+def place_of(extent: Extent | None, file_block: int) -> Location:
+    """Where the first replica of a block lies that ``extent`` holds; ``HOLE`` for ``None``."""
+    if extent is None:
+        return HOLE
+    first = extent.replicas[0]
+    return Location(first.region, first.block + file_block - extent.file_block, first.generation)
+
 
 def cut(extent: Extent, first_block: int, end_block: int, block_size_bytes: int) -> Extent:
     """The part of ``extent`` that lies in the given file blocks, which it must touch."""

@@ -14,7 +14,7 @@ from crailfs.wire.messages import BaseBlock
 BATCH_EXTENTS_MAX: Final = min(COMMIT_EXTENTS_MAX, 2_048)
 _EXTENT_BYTES: Final = 96
 """At most what an extent takes in a message, besides its checksums."""
-_BASE_BYTES: Final = 24
+_BASE_BYTES: Final = 32
 _BATCH_BYTES: Final = BODY_MAX_BYTES // 2
 
 
@@ -67,7 +67,8 @@ def first_batch(pending: Mapping[int, PendingBlock], block_size_bytes: int) -> B
         for member, block in members:
             file_blocks.append(member)
             if block.dirty is not None:
-                bases.append(BaseBlock(member, block.base_generation))
+                base = block.base
+                bases.append(BaseBlock(member, base.generation, base.region, base.block))
                 message_bytes += _BASE_BYTES
         message_bytes += _EXTENT_BYTES + 8 * count
         at += count

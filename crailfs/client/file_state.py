@@ -9,6 +9,7 @@ import msgspec
 import trio
 import xxhash
 
+from crailfs.client.block_map import HOLE
 from crailfs.client.cache import Node
 from crailfs.client.grants import PoolKey
 from crailfs.client.ranges import RangeSet
@@ -21,12 +22,12 @@ class PendingBlock:
     """A granted block with bytes that no commit has published yet.
 
     ``dirty`` are the bytes that this client wrote; the others below ``stored_bytes`` were copied
-    from the committed block whose generation is ``base_generation`` (0: zeros of a hole). ``None``:
-    all of the block was written, whatever it was before.
+    from the committed block at ``base`` (or are zeros of a hole). ``None``: all of the block was
+    written, whatever it was before.
     """
 
     __slots__ = (
-        "base_generation",
+        "base",
         "block",
         "buffer",
         "checksum",
@@ -42,7 +43,7 @@ class PendingBlock:
         self.block = block
         self.generation = generation
         self.stored_bytes = stored_bytes
-        self.base_generation = 0
+        self.base = HOLE
         self.dirty: RangeSet | None = None
         self.checksum: int | None = None
         """Of the stored bytes, once known; any further write clears it."""

@@ -11,6 +11,7 @@ from typing import Final, TypeAlias
 
 import trio
 
+from crailfs.client.block_map import place_of
 from crailfs.client.commit import Batch, first_batch
 from crailfs.client.file_state import FileState, PendingBlock
 from crailfs.client.grants import CONTIGUOUS_BLOCKS_MAX, Grants, split
@@ -29,7 +30,7 @@ from crailfs.errors import (
     UnavailableError,
 )
 from crailfs.limits import FILE_SIZE_MAX_BYTES
-from crailfs.records import Attributes, Run
+from crailfs.records import Attributes, Location, Run
 from crailfs.units import blocks_for
 from crailfs.wire.messages import CommitFile, Opcode, SyncMetadata
 
@@ -151,7 +152,7 @@ class Writer:
             content[inner_offset:end] = data
         run = await self._allocate(state, 1)
         block = await self._io.begin(state, run, content)
-        block.base_generation = 0 if extent is None else extent.replicas[0].generation
+        block.base = place_of(extent, file_block)
         block.dirty = RangeSet((inner_offset, end))
         state.pending[file_block] = block
 
@@ -308,13 +309,8 @@ class Writer:
             extent = committed.at(file_block)
             if block is None or extent is None:
                 continue
-            place = extent.replicas[0]
-            at = place.block + file_block - extent.file_block
-            if (place.region, at, place.generation) == (
-                block.region,
-                block.block,
-                block.generation,
-            ):
+            own = Location(block.region, block.block, block.generation)
+            if place_of(extent, file_block) == own:
                 del state.pending[file_block]
                 state.epoch += 1
         state.uncertain = []
@@ -330,11 +326,11 @@ class Writer:
         fresh = await self._reader.fresh_extents(state, min(partly), max(partly) + 1)
         for file_block, block in partly.items():
             extent = fresh.at(file_block)
-            generation = 0 if extent is None else extent.replicas[0].generation
-            if generation != block.base_generation:
+            place = place_of(extent, file_block)
+            if place != block.base:
                 base = b"" if extent is None else await self._reader.read_block(extent, file_block)
                 await self._rebase(state, block, base)
-                block.base_generation = generation
+                block.base = place
 
     async def _rebase(self, state: FileState, block: PendingBlock, base: Buffer) -> None:
         assert block.dirty is not None

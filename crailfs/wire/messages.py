@@ -324,11 +324,15 @@ class ReturnBlocks(Message, frozen=True):
 
 
 class BaseBlock(Message, frozen=True):
-    """What a partly written block was built on."""
+    """What a partly written block was built on: place and generation together tell two versions
+    of a file's block apart, also when both were written under one grant."""
 
     file_block: int
     generation: int
     """Of the block whose bytes were kept; 0: a hole."""
+    region: int = 0
+    block: int = 0
+    """Where its first replica lies; 0 and 0 for a hole."""
 
 
 class CommitFile(Message, frozen=True):

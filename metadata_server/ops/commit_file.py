@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from crailfs.errors import ConflictError, InvalidError
-from crailfs.records import DATA_KINDS, Attributes
+from crailfs.records import DATA_KINDS, Attributes, Location
 from crailfs.wire.messages import CommitFile
 from metadata_server import extents, space
 from metadata_server.context import Context
@@ -27,11 +27,12 @@ def run(txn: Txn, request: CommitFile, context: Context) -> Attributes:
     for base in request.bases:
         if not 0 <= base.file_block < extents.FILE_BLOCK_END:
             raise InvalidError(f"no file has a block {base.file_block}")
-        generation = extents.generation_at(txn, node.ino, base.file_block)
-        if generation != base.generation:
+        place = extents.place_at(txn, node.ino, base.file_block)
+        if place != Location(base.region, base.block, base.generation):
             raise ConflictError(
-                f"block {base.file_block} of inode {node.ino} is of generation {generation}, not "
-                f"{base.generation}: it was changed meanwhile; merge with it and commit again"
+                f"block {base.file_block} of inode {node.ino} is now block {place.block} of region "
+                f"{place.region}, generation {place.generation}: it was changed meanwhile; merge "
+                f"with it and commit again"
             )
     growth = space.take_extents(txn, context, node.ino, request.extents)
     if request.unused:

@@ -30,6 +30,7 @@ from crailfs.wire.messages import (
     Opcode,
     PutKeyValue,
 )
+from metadata_server.extents import HOLE
 from metadata_server.ops import get_extents
 from tests.metadata.name_space import BLOCK_SIZE_BYTES, NameSpace
 
@@ -66,7 +67,7 @@ def commit(
     extents: Sequence[Extent],
     *,
     size: int | None = None,
-    bases: Sequence[tuple[int, int]] = (),
+    bases: Sequence[tuple[int, Location]] = (),
     unused: Sequence[Run] = (),
 ) -> Attributes:
     if size is None:
@@ -76,13 +77,20 @@ def commit(
     request = CommitFile(
         ino,
         tuple(extents),
-        tuple(BaseBlock(block, generation) for block, generation in bases),
+        tuple(
+            BaseBlock(file_block, place.generation, place.region, place.block)
+            for file_block, place in bases
+        ),
         size,
         space.clock(),
         tuple(unused),
     )
     node: Attributes = space.do(Opcode.COMMIT_FILE, request)
     return node
+
+
+def start_of(run: Run) -> Location:
+    return Location(run.region, run.block, run.generation)
 
 
 def page(space: NameSpace, ino: int, first_block: int = 0, block_count: int = 1 << 40) -> Any:
@@ -181,14 +189,23 @@ def test_unused_blocks_go_back_with_the_commit(space: NameSpace, ino: int) -> No
 
 def test_a_changed_base_is_a_conflict_and_changes_nothing(space: NameSpace, ino: int) -> None:
     first, second = grant(space, 2), grant(space, 2)
-    commit(space, ino, [extent(0, first)], bases=[(0, 0), (1, 0)])
+    commit(space, ino, [extent(0, first)], bases=[(0, HOLE), (1, HOLE)])
     before = space.attributes(ino)
     with pytest.raises(ConflictError):
-        commit(space, ino, [extent(0, second)], bases=[(0, first.generation), (1, 0)])
+        commit(space, ino, [extent(0, second)], bases=[(0, start_of(first)), (1, HOLE)])
     assert space.attributes(ino) == before
     assert block_map(space, ino) == {0: first.block, 1: first.block + 1}
-    commit(space, ino, [extent(0, second)], bases=[(0, first.generation)])
+    commit(space, ino, [extent(0, second)], bases=[(0, start_of(first))])
     assert block_map(space, ino) == {0: second.block, 1: second.block + 1}
+
+
+def test_two_versions_from_one_grant_are_told_apart(space: NameSpace, ino: int) -> None:
+    run = grant(space, 3)
+    commit(space, ino, [extent(0, run, block_count=1)])
+    base = start_of(run)
+    commit(space, ino, [extent(0, run, skip=1, block_count=1)], bases=[(0, base)])
+    with pytest.raises(ConflictError):
+        commit(space, ino, [extent(0, run, skip=2, block_count=1)], bases=[(0, base)])
 
 
 def test_truncated_bytes_do_not_come_back_by_a_commit_that_built_on_them(
@@ -198,10 +215,10 @@ def test_truncated_bytes_do_not_come_back_by_a_commit_that_built_on_them(
     commit(space, ino, [extent(0, first)])
     space.set(ino, size=100)
     with pytest.raises(ConflictError):
-        commit(space, ino, [extent(0, second)], bases=[(0, first.generation)])
+        commit(space, ino, [extent(0, second)], bases=[(0, start_of(first))])
     (cut,) = page(space, ino).extents
     assert cut.tail_visible_bytes == 100
-    commit(space, ino, [extent(0, second)], bases=[(0, cut.replicas[0].generation)])
+    commit(space, ino, [extent(0, second)], bases=[(0, cut.replicas[0])])
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK_SIZE_BYTES, 3 * BLOCK_SIZE_BYTES + 5])

@@ -137,7 +137,7 @@ SAMPLES: dict[Opcode, tuple[Message, Message]] = {
     Opcode.GRANT_BLOCKS: (m.GrantBlocks(ANY_TIER, "", "node-1", 256, 64), m.Grant((RUN,))),
     Opcode.RETURN_BLOCKS: (m.ReturnBlocks((RUN,)), m.Empty()),
     Opcode.COMMIT_FILE: (
-        m.CommitFile(INO, (EXTENT,), (m.BaseBlock(3, 11),), 70_000, -1, (RUN,), True),
+        m.CommitFile(INO, (EXTENT,), (m.BaseBlock(3, 11, 7, 40),), 70_000, -1, (RUN,), True),
         FILE,
     ),
     Opcode.PUT_KEY_VALUE: (m.PutKeyValue(2, b"key", 0o644, 0, 0, 8_000, (EXTENT,), (RUN,)), FILE),
