@@ -1,4 +1,4 @@
-"""``crail bench``: measures directories."""
+"""``crail bench``: measures directories, the store API, and what many files cost."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 
 from crailfs.bench import mount, workloads
 from crailfs.bench.report import Report, require_plotting
+from crailfs.cli.exit_codes import ExitCode
+from crailfs.cli.options import add_cluster_options, target_of
 from crailfs.errors import ConfigurationError
 
 EXAMPLES = """\
   crail bench mount /mnt/crail /var/tmp
   crail bench mount crail=/mnt/crail tmpfs=/dev/shm --plot bench.png --json > bench.json
+  crail bench store --at /mnt/crail --transports local,tcp
+  crail bench metadata --at /mnt/crail --files 1000000
 """
 
 
@@ -45,6 +49,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_report_arguments(of_mounts)
 
+    of_store = kinds.add_parser(
+        "store",
+        help="the Python API, by each transport",
+        description="Measures names and data through the Python API, without a mount.",
+    )
+    of_store.add_argument(
+        "--transports",
+        metavar="NAME[,NAME...]",
+        default="local,tcp",
+        help="each is measured by itself (default: local,tcp)",
+    )
+    add_cluster_options(of_store)
+    _add_report_arguments(of_store)
+
+    of_metadata = kinds.add_parser(
+        "metadata",
+        help="memory and disk that many files take",
+        description="Makes empty files in /crail-bench-files and shows what the servers of an "
+        "embedded file system need for them. The files stay.",
+    )
+    of_metadata.add_argument(
+        "--files", metavar="N", type=int, default=1_000_000, help="default: 1000000"
+    )
+    of_metadata.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    add_cluster_options(of_metadata)
+
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -63,11 +93,13 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.kind == "metadata":
+        return _of_metadata(options)
     if options.rounds < 1 or not options.scale > 0:
         raise ConfigurationError("--rounds and --scale must be more than 0")
     if options.plot is not None:
         require_plotting()
-    report = _of_mounts(options)
+    report = _of_mounts(options) if options.kind == "mount" else _of_store(options)
     if options.save is not None:
         report.write_json(options.save)
     if options.plot is not None:
@@ -78,7 +110,33 @@ def run(options: argparse.Namespace) -> int:
         print(report.table())
     for subject, reason in report.failures.items():
         print(f"crail bench: {subject} was given up: {reason}", file=sys.stderr)
-    return 1 if report.failures else 0
+    return ExitCode.FAILED if report.failures else ExitCode.OK
+
+
+def _of_store(options: argparse.Namespace) -> Report:
+    from crailfs.bench import store
+
+    return store.measure(
+        target_of(options).settings.client(),
+        [name.strip() for name in options.transports.split(",")],
+        round_count=options.rounds,
+        sizes=store.Sizes().scaled(options.scale),
+    )
+
+
+def _of_metadata(options: argparse.Namespace) -> int:
+    from crailfs.bench import metadata
+
+    if options.files < 1:
+        raise ConfigurationError("--files must be more than 0")
+    state = target_of(options).state
+    if state is None:
+        raise ConfigurationError(
+            "only the servers of an embedded file system can be looked at: name it with --at"
+        )
+    figures = metadata.measure(state, options.files)
+    print(json.dumps(figures.as_json(), indent=1) if options.json else figures.table())
+    return ExitCode.OK
 
 
 def _of_mounts(options: argparse.Namespace) -> Report:
