@@ -149,6 +149,7 @@ class Session:
         if call.payload:
             self._link.queue.detach(call.payload[0])
         if self._filling is not None and self._filling[0] is call:
+            self._filling = None
             self._link.connection.discard_payload()
         if call.fds is not None:
             self._link.received_fds = None
