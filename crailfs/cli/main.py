@@ -63,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     options = parser.parse_args(given[1:])
     try:
+        from crailfs.cli.logs import set_up_logging
+
+        # What a command has to say is its output and its one line of error.
+        set_up_logging("error")
         code = int(module.run(options))
         sys.stdout.flush()
     except BrokenPipeError:

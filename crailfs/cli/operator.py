@@ -21,7 +21,8 @@ from crailfs.wire.messages import (
     StorageStatusReply,
 )
 
-ANSWER_TIMEOUT_MS = 5_000
+ANSWER_TIMEOUT_MAX_MS = 5_000
+"""An operator does not wait as long as a program that has work to do."""
 
 
 @asynccontextmanager
@@ -38,8 +39,10 @@ async def connected(address: str, config: ClientConfig) -> AsyncIterator[RpcClie
             nursery.cancel_scope.cancel()
 
 
-async def cluster_status(metadata: RpcClient) -> Status:
-    reply = await metadata.call(Opcode.GET_STATUS, GetStatus(), deadline_ms=ANSWER_TIMEOUT_MS)
+async def cluster_status(metadata: RpcClient, config: ClientConfig) -> Status:
+    reply = await metadata.call(
+        Opcode.GET_STATUS, GetStatus(), deadline_ms=_answer_timeout_ms(config)
+    )
     assert isinstance(reply, Status)
     return reply
 
@@ -54,7 +57,7 @@ async def storage_counters(
         try:
             async with connected(address_of(server), config) as client:
                 reply = await client.call(
-                    Opcode.STORAGE_STATUS, StorageStatus(), deadline_ms=ANSWER_TIMEOUT_MS
+                    Opcode.STORAGE_STATUS, StorageStatus(), deadline_ms=_answer_timeout_ms(config)
                 )
             assert isinstance(reply, StorageStatusReply)
             found[server.id] = reply.counters
@@ -81,3 +84,7 @@ def usable_transports(server: StorageServerInfo, names: Sequence[str], boot_id: 
     if server.tcp_port:
         offered.add("tcp")
     return [name for name in names if name in offered]
+
+
+def _answer_timeout_ms(config: ClientConfig) -> int:
+    return min(ANSWER_TIMEOUT_MAX_MS, config.operation_timeout_ms)

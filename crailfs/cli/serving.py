@@ -7,15 +7,15 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
 
 from crailfs.cli.exit_codes import exit_code_of
+from crailfs.cli.logs import set_up_logging
 from crailfs.cli.main import error_of
-from crailfs.errors import ConfigurationError, CrailError
+from crailfs.errors import CrailError
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def run_server(name: str, prepare: Callable[[], Serve], ready_fd: int) -> int:
     """
     notice = _ReadyNotice(ready_fd)
     try:
-        set_up_logging()
+        set_up_logging("info")
         trio.run(_serve, name, prepare(), notice)
     except BaseException as error:
         known = error_of(error) or CrailError(f"{type(error).__name__}: {error}")
@@ -40,22 +40,6 @@ def run_server(name: str, prepare: Callable[[], Serve], ready_fd: int) -> int:
         raise
     log.info("%s stopped", name)
     return 0
-
-
-def set_up_logging() -> None:
-    """Log lines go to stderr; ``CRAIL_LOG_LEVEL`` (default info) says how many."""
-    level_name = os.environ.get("CRAIL_LOG_LEVEL", "info").upper()
-    levels = logging.getLevelNamesMapping()
-    if level_name not in levels:
-        raise ConfigurationError(
-            f"environment: CRAIL_LOG_LEVEL: expected debug, info, warning or error, found "
-            f"{level_name.lower()!r}"
-        )
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=levels[level_name],
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
 
 
 def notify_systemd(message: str) -> None:

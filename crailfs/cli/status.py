@@ -45,7 +45,7 @@ async def _ask(config: ClientConfig) -> Status:
     from crailfs.cli.operator import cluster_status, connected
 
     async with connected(config.metadata, config) as metadata:
-        return await cluster_status(metadata)
+        return await cluster_status(metadata, config)
 
 
 def _report(status: Status, config: ClientConfig, target: Target) -> dict[str, Any]:

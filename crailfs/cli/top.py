@@ -64,7 +64,7 @@ async def _watch(config: ClientConfig, interval_s: float, rounds: int) -> None:
     done = 0
     async with connected(config.metadata, config) as metadata:
         while True:
-            status = await cluster_status(metadata)
+            status = await cluster_status(metadata, config)
             now_s = trio.current_time()
             counters = {"metadata server": status.counters}
             problems = []

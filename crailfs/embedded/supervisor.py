@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from crailfs.cli.exit_codes import ExitCode, exit_code_of
+from crailfs.cli.logs import set_up_logging
 from crailfs.config_file import VARIABLES
 from crailfs.embedded.child import Child, ChildSpec
 from crailfs.embedded.logs import bound_log
@@ -255,11 +256,7 @@ def _describe_status(status: int) -> str:
 def main(arguments: list[str]) -> int:
     """Arguments: state directory, mount point, descriptor to report to, "nonempty" or "empty"."""
     state_path, mountpoint, report_fd, nonempty = arguments
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    set_up_logging("info")
     state = State(Path(state_path))
     fd = int(report_fd)
     os.set_inheritable(fd, False)

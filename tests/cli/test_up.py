@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -171,24 +170,6 @@ def test_unmounting_by_hand_is_down(system: Embedded) -> None:
     assert system.down().returncode == 3
 
 
-def test_what_is_up_is_refused_a_second_time(system: Embedded) -> None:
-    bring_up(system)
-    again = system.up()
-    assert again.returncode == 4
-    assert re.fullmatch(
-        rf"crail up: {system.mountpoint} is already mounted by CrailFS "
-        rf"\(state {system.state.directory}, pid {system.pids()[0]}\): .*\n",
-        again.stderr,
-    )
-    other = system.directory / "other"
-    other.mkdir()
-    elsewhere = system.crail("up", str(other), "--state", str(system.state.directory))
-    assert elsewhere.returncode == 4
-    assert f"is in use by pid {system.pids()[0]}" in elsewhere.stderr
-    offline = system.crail("fsck", "--state", str(system.state.directory))
-    assert offline.returncode == 4, offline.stderr
-
-
 def test_a_busy_mount_names_who_uses_it(system: Embedded) -> None:
     bring_up(system)
     code = "import sys; print('in', flush=True); sys.stdin.read()"
@@ -277,44 +258,6 @@ def test_a_failed_start_says_why_and_leaves_nothing(system: Embedded) -> None:
     assert system.state.locked_by() is None
 
 
-def test_status_json(system: Embedded) -> None:
-    bring_up(system)
-    status = system.status()
-    assert set(status) == {
-        "cluster_id", "metadata", "epoch", "uptime_seconds", "session_count", "node_count",
-        "block_size_bytes", "tiers", "servers", "counters", "embedded",
-    }  # fmt: skip
-    assert re.fullmatch(r"[0-9a-f]{32}", status["cluster_id"])
-    assert status["node_count"] == 1
-    assert status["session_count"] == 1
-    assert [tier["tier"] for tier in status["tiers"]] == ["memory", "disk"]
-    for tier in status["tiers"]:
-        assert tier["total_bytes"] == tier["used_bytes"] + tier["free_bytes"] > 60 << 20
-    (server,) = status["servers"]
-    assert server["alive"] is True
-    assert server["transports"] == ["local", "tcp"]
-    assert server["tcp"].startswith("127.0.0.1:")
-    assert [region["tier"] for region in server["regions"]] == ["memory", "disk"]
-    assert [region["durable"] for region in server["regions"]] == [False, True]
-    assert status["embedded"]["mountpoint"] == str(system.mountpoint)
-    assert set(status["embedded"]["processes"]) == {"metadata", "storage", "mount"}
-
-
-def test_who_does_not_know_the_secret_is_refused(system: Embedded) -> None:
-    bring_up(system)
-    secret = system.directory / "secret"
-    secret.write_text("another secret of the right length")
-    secret.chmod(0o600)
-    config = ("--config", str(system.state.config_file))
-    wrong = system.crail("status", *config, "--set", f"cluster.secret_file={secret}")
-    assert wrong.returncode == 5, wrong.stderr
-    assert "secret" in wrong.stderr
-    assert wrong.stderr.count("\n") == 1
-    other = system.crail("status", *config, "--set", f"cluster.id={'0' * 32}")
-    assert other.returncode == 5
-    assert "0" * 32 in other.stderr
-
-
 def test_status_of_what_does_not_run(system: Embedded) -> None:
     none = system.crail("status")
     assert (none.returncode, none.stdout) == (3, "")
@@ -325,12 +268,3 @@ def test_status_of_what_does_not_run(system: Embedded) -> None:
     down = system.down()
     assert down.returncode == 3
     assert State(system.directory / "home").exists is False
-
-
-def test_top_shows_rates(system: Embedded) -> None:
-    bring_up(system)
-    done = system.crail("top", "--rounds", "2", "--interval", "0.1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("metadata server ") == 2
-    assert "1 nodes, 1 clients" in done.stdout
-    assert re.search(r"requests_get_status +2 +\d+\.\d\n", done.stdout)
