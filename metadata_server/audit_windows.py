@@ -20,9 +20,9 @@ class LinkWindow:
     """How many entries the next so many of ``nodes`` should have, and have."""
 
     def __init__(
-        self, nodes: Iterator[Attributes], *, after: int = 0, limit: int = WINDOW_NODES
+        self, nodes: Iterator[Attributes], *, after: int = -1, limit: int = WINDOW_NODES
     ) -> None:
-        """``after``: the last inode of the window before."""
+        """``after``: the last inode of the window before; -1: there is none."""
         self._after = after
         self._inos = array("Q")
         self._expected = array("I")
