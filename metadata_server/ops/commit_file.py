@@ -23,7 +23,6 @@ def run(txn: Txn, request: CommitFile, context: Context) -> Attributes:
     if not -TIME_LIMIT_NS <= request.mtime_ns < TIME_LIMIT_NS:
         raise InvalidError(f"a time of {request.mtime_ns} ns does not fit into 64 bits")
     size = max(node.size, request.minimum_size)
-    check_extents(request.extents, size, context.block_size_bytes)
     for base in request.bases:
         if not 0 <= base.file_block < extents.FILE_BLOCK_END:
             raise InvalidError(f"no file has a block {base.file_block}")
@@ -34,6 +33,8 @@ def run(txn: Txn, request: CommitFile, context: Context) -> Attributes:
                 f"{place.region}, generation {place.generation}: it was changed meanwhile; merge "
                 f"with it and commit again"
             )
+    # After the bases: a block built on bytes that were cut meanwhile is a conflict, no mistake.
+    check_extents(request.extents, size, context.block_size_bytes)
     growth = space.take_extents(txn, context, node.ino, request.extents)
     if request.unused:
         space.give_back(txn, context, request.unused)
