@@ -438,6 +438,8 @@ class Operations(pyfuse3.Operations):
 
     @_answers_errno
     async def getxattr(self, ino: int, name: bytes, ctx: RequestContext) -> bytes:
+        if name.startswith(b"system."):
+            raise FUSEError(errno.EOPNOTSUPP)
         if not name.startswith(XATTR_NAMESPACES):
             raise FUSEError(errno.ENODATA)  # the kernel asks for capabilities before each write
         return await self._fs.get_xattr(ino, name)

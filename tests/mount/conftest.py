@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -29,13 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.timeout(40))
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[ProcessCluster]:
+@contextlib.contextmanager
+def mount_cluster() -> Iterator[ProcessCluster]:
     with tempfile.TemporaryDirectory(prefix="crailfs-mount-") as name:
         base = Path(name)
         base.chmod(0o755)  # tests go there as other users
         with process_cluster(base, memory_bytes=256 * MIB, disk_bytes=64 * MIB) as running:
             yield running
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[ProcessCluster]:
+    with mount_cluster() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

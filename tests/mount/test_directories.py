@@ -15,10 +15,18 @@ from crailfs.client.filesystem import FileSystem
 from crailfs.config import ClientConfig
 from crailfs.config_file import Settings
 from crailfs.records import NodeKind
+from tests.mount.conftest import mount_cluster
 from tests.support.process_cluster import ProcessCluster
 
 ENTRY_COUNT = 100_000
 IN_FLIGHT = 64
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ProcessCluster]:
+    """Of its own: the audit of so many nodes would slow every later test down."""
+    with mount_cluster() as running:
+        yield running
 
 
 def create_files(config: ClientConfig, directory_ino: int, names: list[bytes]) -> None:

@@ -109,10 +109,12 @@ def test_a_truncation_elsewhere_shortens_the_cached_pages(place: Path, other_pla
 
 def test_disjoint_writes_from_both_sides_are_both_kept(place: Path, other_place: Path) -> None:
     (place / "file").write_bytes(bytes(2000))
-    with (place / "file").open("r+b", buffering=0) as here:
-        with (other_place / "file").open("r+b", buffering=0) as there:
-            os.pwrite(here.fileno(), b"a" * 1000, 0)
-            os.pwrite(there.fileno(), b"b" * 1000, 1000)
+    with (
+        (place / "file").open("r+b", buffering=0) as here,
+        (other_place / "file").open("r+b", buffering=0) as there,
+    ):
+        os.pwrite(here.fileno(), b"a" * 1000, 0)
+        os.pwrite(there.fileno(), b"b" * 1000, 1000)
     expected = b"a" * 1000 + b"b" * 1000
     assert (place / "file").read_bytes() == expected
     assert (other_place / "file").read_bytes() == expected
