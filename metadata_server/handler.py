@@ -442,13 +442,13 @@ class MetadataHandler:
         log.warning(
             "client %016x has been silent for %.1f s: its session has ended", client.id, silent_s
         )
+        self._invalidator.run(
+            lambda txn, context: sessions.expire(txn, context, client.id), client.id
+        )
         self._counters["sessions_expired"] += 1
         del self._clients[client.id]
         if client.peer is not None:
             client.peer.close("it was silent for too long: its session has ended")
         self._missing.discard(client.id)
         self._leases.end(client.id)
-        self._invalidator.run(
-            lambda txn, context: sessions.expire(txn, context, client.id), client.id
-        )
         self._invalidator.forgotten_by(client.id)

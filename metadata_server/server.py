@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import trio
 
 from crailfs.config import Credentials, MetadataConfig
+from crailfs.errors import CrailError
 from crailfs.limits import JOURNAL_SYNC_INTERVAL_MS
 from crailfs.net import server as rpc
 from metadata_server.driver import Driver
 from metadata_server.handler import DEFAULT_TIMINGS, OPERATIONS_SERVED, MetadataHandler, Timings
 
 __all__ = ["Timings", "serve"]
+
+log = logging.getLogger(__name__)
 
 _TICKS_PER_LEASE = 20
 
@@ -49,7 +54,10 @@ async def serve(
 async def _tick(handler: MetadataHandler, timings: Timings) -> None:
     while True:
         await trio.sleep(timings.lease_ms / 1000 / _TICKS_PER_LEASE)
-        handler.tick()
+        try:
+            handler.tick()
+        except CrailError:
+            log.exception("what is due by time could not be done; trying again")
 
 
 async def _keep_durable(driver: Driver, handler: MetadataHandler) -> None:
