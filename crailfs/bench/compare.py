@@ -1,18 +1,22 @@
 """The comparison behind ``scripts/bench``: CrailFS, a C FUSE file system, tmpfs and the disk, all
-on this machine and in one run; then the store API."""
+on this machine and in one run; then the store API, and what many files cost."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import time
 from pathlib import Path
+from typing import Final
 
-from crailfs.bench import mount, workloads
+from crailfs.bench import metadata, mount, store, workloads
 from crailfs.bench.report import Report
 from crailfs.bench.workbench import Workbench, raise_on_signals
 from crailfs.errors import CrailError
 
-REFERENCE = "C FUSE"
+REFERENCE: Final = "C FUSE"
+_DOWN_TIMEOUT_SECONDS: Final = 120.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,6 +47,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--scale", type=float, default=1.0, metavar="F", help="work a round, 1 by default"
     )
     parser.add_argument(
+        "--files",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="how many files to make for the servers' memory (default: 1000000; 0: leave out)",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=Path("bench-results"),
@@ -50,14 +61,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="where JSON and plots go (default: bench-results)",
     )
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or not options.scale > 0:
-        parser.error("--rounds and --scale must be more than 0")
+    if options.rounds < 1 or not options.scale > 0 or options.files < 0:
+        parser.error("--rounds and --scale must be more than 0, --files at least 0")
     return options
 
 
 def _compare(bench: Workbench, options: argparse.Namespace) -> bool:
     """Whether anything could not be measured to its end."""
+    began = time.monotonic()
     print(bench.start_crail(), end="", flush=True)
+    first_start_seconds = time.monotonic() - began
     places = {"tmpfs": bench.shared_memory / "plain", "disk": bench.directory / "disk"}
     below_reference = bench.shared_memory / "below-c-fuse"
     for directory in (*places.values(), below_reference):
@@ -74,7 +87,35 @@ def _compare(bench: Workbench, options: argparse.Namespace) -> bool:
         reference=REFERENCE,
     )
     _publish(report, options.output, "mount")
-    return bool(report.failures)
+    store_report = store.measure(
+        bench.state.settings().client(),
+        ("local", "tcp"),
+        round_count=options.rounds,
+        sizes=store.Sizes().scaled(options.scale),
+    )
+    _publish(store_report, options.output, "store")
+    if options.files:
+        _many_files(bench, options, first_start_seconds)
+    return bool(report.failures or store_report.failures)
+
+
+def _many_files(bench: Workbench, options: argparse.Namespace, first_start_seconds: float) -> None:
+    figures = metadata.measure(bench.state, options.files)
+    bench.crail("down", str(bench.mountpoint), timeout_seconds=_DOWN_TIMEOUT_SECONDS)
+    began = time.monotonic()
+    bench.start_crail()
+    start_seconds = time.monotonic() - began
+    document = {
+        **figures.as_json(),
+        "start_empty_seconds": first_start_seconds,
+        "start_seconds": start_seconds,
+    }
+    (options.output / "metadata.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(
+        f"\n{figures.table()}\n`crail up`: {first_start_seconds:.1f} s empty, "
+        f"{start_seconds:.1f} s with these files\n{options.output}/metadata.json",
+        flush=True,
+    )
 
 
 def _publish(report: Report, output: Path, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import trio
@@ -14,10 +14,12 @@ from crailfs.bench.report import aligned
 from crailfs.client.store import CrailStore
 from crailfs.embedded.state import State
 from crailfs.errors import UnavailableError
-from crailfs.units import format_bytes
+from crailfs.units import MIB, format_bytes
 
-FILES_PER_DIRECTORY = 1_000
-_IN_FLIGHT = 64
+FILES_PER_DIRECTORY: Final = 1_000
+_IN_FLIGHT: Final = 64
+_CHECKPOINT_TIMEOUT_SECONDS: Final = 60.0
+_EMPTY_JOURNAL_BYTES: Final = 1 * MIB
 
 
 class ProcessMemory(msgspec.Struct):
@@ -59,35 +61,39 @@ def measure(state: State, file_count: int) -> Figures:
     servers then.
 
     Raises:
-        UnavailableError: the file system does not run.
+        UnavailableError: the file system does not run, or makes no checkpoint.
         ExistsError: the directory is there from an earlier run.
-    """
-    with Progress(f"making {file_count:,} files") as progress:
-        seconds = trio.run(_make, state, file_count, progress)
-    return figures(state, file_count, seconds)
-
-
-def figures(state: State, file_count: int, create_seconds: float) -> Figures:
-    """
-    Raises:
-        UnavailableError: the file system does not run.
     """
     running = state.read_running()
     if running is None:
         raise UnavailableError(f"the file system of {state.directory} does not run: `crail up` it")
-    identities = {name: process.identity for name, process in running.processes.items()}
+    with Progress(f"making {file_count:,} files") as progress:
+        seconds = trio.run(_make, state, file_count, progress)
+        _await_checkpoint(state.directory / "metadata" / "journal", progress)
+    lmdb_file = state.directory / "metadata" / "lmdb" / "data.mdb"
     return Figures(
         file_count=file_count,
-        create_seconds=create_seconds,
-        lmdb_bytes=sum(
-            path.stat().st_blocks * 512 for path in (state.directory / "metadata").rglob("*.mdb")
-        ),
+        create_seconds=seconds,
+        lmdb_bytes=lmdb_file.stat().st_blocks * 512,
         processes={
-            name: _memory_of(identity.pid)
-            for name, identity in identities.items()
-            if identity is not None
+            name: _memory_of(process.identity.pid)
+            for name, process in running.processes.items()
+            if process.identity is not None
         },
     )
+
+
+def _await_checkpoint(journal: Path, progress: Progress) -> None:
+    """Until LMDB has what was made: a checkpoint empties the journal."""
+    deadline = time.monotonic() + _CHECKPOINT_TIMEOUT_SECONDS
+    while journal.stat().st_size > _EMPTY_JOURNAL_BYTES:
+        if time.monotonic() > deadline:
+            raise UnavailableError(
+                f"{journal} was not emptied within {_CHECKPOINT_TIMEOUT_SECONDS:.0f} s: see the "
+                "metadata server's log"
+            )
+        progress.show(None, "waiting for a checkpoint")
+        time.sleep(0.1)
 
 
 async def _make(state: State, file_count: int, progress: Progress) -> float:

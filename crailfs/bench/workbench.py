@@ -125,8 +125,8 @@ class Workbench:
         self._processes.remove(process)
 
     def start_crail(self, *arguments: str) -> str:
-        """``crail up`` at ``mountpoint``; what it said."""
-        self.mountpoint.mkdir()
+        """``crail up`` at ``mountpoint``, for the first time or again; what it said."""
+        self.mountpoint.mkdir(exist_ok=True)
         return self.crail(
             "up",
             str(self.mountpoint),
