@@ -189,9 +189,8 @@ def test_random_clients_leave_a_sound_name_space(tmp_path: Path, seed: int) -> N
     assert server.driver.audit().findings == ()
     # All clients are gone: what is not in a file is free.
     counts = server.driver.audit().counts
-    tiers = server.ask(
-        server.connect(901, role=Role.OPERATOR), Opcode.GET_STATISTICS, GetStatistics()
-    )
+    operator = server.connect(901, role=Role.OPERATOR)
+    (tier,) = server.ask(operator, Opcode.GET_STATISTICS, GetStatistics()).tiers
     assert counts.get("granted_blocks", 0) == counts.get("reclaim_blocks", 0) == 0
     assert tier.free_blocks == counts.get("free_blocks", 0)
     server.driver.close()
