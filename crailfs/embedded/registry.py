@@ -71,7 +71,13 @@ def remember(mountpoint: Path, state: State) -> None:
 
 
 def forget(mountpoint: Path) -> None:
-    (home() / "mounts" / name_of(mountpoint)).unlink(missing_ok=True)
+    mounts = home() / "mounts"
+    (mounts / name_of(mountpoint)).unlink(missing_ok=True)
+    for directory in (mounts, home()):
+        try:
+            directory.rmdir()
+        except OSError:
+            return  # not empty: others are registered
 
 
 def running_states() -> list[tuple[Path, State]]:

@@ -184,13 +184,21 @@ def test_errors_name_the_path(system: Embedded, directory: str) -> None:
     assert error(system, "ls", none) == (1, f"{none}: no such file or directory")
     assert error(system, "get", none, "-") == (1, f"{none}: no such file or directory")
     assert error(system, "put", "/no/such", none)[1] == "/no/such: No such file or directory"
-    assert error(system, "mkdir", directory) == (1, f"{directory} exists")
-    assert error(system, "ls", "none") == (1, "none: a path of the file system begins with /")
+    assert error(system, "mkdir", directory) == (1, f"{directory}: exists already")
     assert error(system, "ls", f"{directory}/file/x")[1].endswith("is not a directory")
-    assert (
-        "holds no data" in error(system, "get", directory, "-")[1]
-        or "is a directory" in (error(system, "get", directory, "-")[1])
+    assert error(system, "put", "--no-replace", "/dev/null", f"{directory}/file") == (
+        1,
+        f"{directory}/file: exists already",
     )
+    code, message = error(system, "get", directory, "-")
+    assert (code, message) == (1, f"{directory} is a directory: name a file in it")
+
+
+def test_a_multifile_is_got_as_one_stream(system: Embedded, directory: str) -> None:
+    ok(system, "mkdir", "--kind", "multifile", f"{directory}/parts")
+    for name in ("b", "a", "c"):
+        Path(f"{system.mountpoint}{directory}/parts/{name}").write_text(name * 3)
+    assert ok(system, "get", f"{directory}/parts", "-") == "aaabbbccc"
 
 
 def test_classes_decide_the_tier(system: Embedded, directory: str) -> None:

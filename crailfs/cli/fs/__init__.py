@@ -1,11 +1,12 @@
-"""``crail fs``: the file system without a mount. One module a command, each with ``HELP``,
-``add_arguments(parser)`` and ``run(file_system, options) -> int``.
+"""``crail fs``: the file system without a mount. One module a command, each with
+``add_arguments(parser)`` and ``run(store, options) -> int``.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from typing import Final
 
 from crailfs.cli.options import add_cluster_options, target_of
@@ -32,7 +33,7 @@ EXAMPLES = """\
   crail fs setclass /archive disk
   crail fs mkdir --kind table /settings; echo 42 | crail fs kv put /settings answer
   crail fs df --at /mnt/crail
-paths begin with / and are those of the file system, wherever it is mounted
+paths are those of the file system, from its root, wherever it is mounted
 """
 
 
@@ -50,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import trio
 
-    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.store import CrailStore
 
     module = importlib.import_module(f"crailfs.cli.fs.{options.command}")
     config = target_of(options).settings.client()
 
     async def connect_and_run() -> int:
-        async with FileSystem.connect(config) as file_system:
-            return int(await module.run(file_system, options))
+        async with CrailStore.connect(config, uid=os.geteuid(), gid=os.getegid()) as store:
+            return int(await module.run(store, options))
 
     return trio.run(connect_and_run)

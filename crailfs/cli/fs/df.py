@@ -10,15 +10,15 @@ from crailfs.cli.exit_codes import ExitCode
 from crailfs.units import format_bytes
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.store import CrailStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON list, in bytes")
 
 
-async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
-    statistics = await file_system.statistics()
+async def run(store: CrailStore, options: argparse.Namespace) -> int:
+    statistics = await store.statistics()
     rows: list[tuple[str, int, int, int]] = []
     for tier in statistics.tiers:
         total_bytes = tier.total_blocks * statistics.block_size_bytes

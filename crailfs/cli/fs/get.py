@@ -3,56 +3,65 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from collections.abc import AsyncIterator
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from crailfs.cli.exit_codes import ExitCode
-from crailfs.cli.fs.paths import find, names_of
-from crailfs.units import MIB
+from crailfs.cli.fs.paths import about
+from crailfs.errors import IsADirectoryCrailError
+from crailfs.records import NodeKind
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem
-    from crailfs.client.open_file import OpenFile
-
-_PIECE_BYTES = 4 * MIB
+    from crailfs.client.store import CrailStore
 
 
 class AsyncWriter(Protocol):
+    """Writes in a thread: a slow reader of our output does not cost us the session."""
+
     async def write(self, data: bytes, /) -> int: ...
     async def flush(self) -> None: ...
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", metavar="PATH", help="a file, or a multifile: all of its files")
     parser.add_argument("local", metavar="LOCAL", help="a file, a directory, or - for stdout")
 
 
-async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
-    node = await find(file_system, options.path)
-    # Opened first: what is no file is refused before anything local is touched.
-    file = await file_system.open(node.ino)
-    try:
-        if options.local == "-":
-            await _copy(file, trio.wrap_file(sys.stdout.buffer))
-        else:
-            local = trio.Path(options.local)
-            if await local.is_dir():
-                local /= os.fsdecode(names_of(options.path)[-1])
-            async with await local.open("wb") as target:
-                await _copy(file, target)
-    finally:
-        await file.close()
+async def run(store: CrailStore, options: argparse.Namespace) -> int:
+    # What is no file is refused before anything local is touched.
+    with about(options.path):
+        node = await store.lookup(options.path)
+    if node.is_directory and node.kind is not NodeKind.MULTIFILE:
+        raise IsADirectoryCrailError(f"{options.path} is a directory: name a file in it")
+    pieces = _multifile(store, options.path) if node.is_directory else _file(store, options.path)
+    if options.local == "-":
+        await _copy(pieces, trio.wrap_file(sys.stdout.buffer))
+        return ExitCode.OK
+    local = trio.Path(options.local)
+    if await local.is_dir():
+        local /= PurePath(options.path).name
+    async with await local.open("wb") as target:
+        await _copy(pieces, target)
     return ExitCode.OK
 
 
-async def _copy(file: OpenFile, target: AsyncWriter) -> None:
-    offset = 0
-    while piece := await file.read(offset, _PIECE_BYTES):
-        offset += len(piece)
-        # In a thread, so that a slow reader of our output does not cost us the session; the piece
-        # may be a view of the region, which is only good until the next await.
-        await target.write(bytes(piece))
+async def _file(store: CrailStore, path: str) -> AsyncIterator[bytes]:
+    async with await store.open(path) as file:
+        async for piece in file:
+            yield piece
+
+
+async def _multifile(store: CrailStore, path: str) -> AsyncIterator[bytes]:
+    async with await store.open_multifile(path) as reader:
+        while piece := await reader.read():
+            yield piece
+
+
+async def _copy(pieces: AsyncIterator[bytes], target: AsyncWriter) -> None:
+    async for piece in pieces:
+        await target.write(piece)
     await target.flush()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from crailfs.cli.exit_codes import ExitCode
 from crailfs.cli.fs.listing import long_line, marked, printable
-from crailfs.cli.fs.paths import find
+from crailfs.cli.fs.paths import about
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.store import CrailStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,17 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
-    node = await find(file_system, options.path)
+async def run(store: CrailStore, options: argparse.Namespace) -> int:
+    with about(options.path):
+        node = await store.lookup(options.path)
     if not node.is_directory:
         print(long_line(options.path, node) if options.long else options.path)
         return ExitCode.OK
-    after_name = b""
-    while True:
-        page = await file_system.read_directory(node.ino, after_name)
-        for entry in page.entries:
-            name = marked(printable(entry.name), entry.attributes)
-            print(long_line(name, entry.attributes) if options.long else name)
-        if page.complete:
-            return ExitCode.OK
-        after_name = page.entries[-1].name
+    async for entry in store.scan(options.path):
+        name = marked(printable(os.fsencode(entry.name)), entry.attributes)
+        print(long_line(name, entry.attributes) if options.long else name)
+    return ExitCode.OK

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 from crailfs.cli.exit_codes import ExitCode
-from crailfs.cli.fs.paths import names_of, place
+from crailfs.cli.fs.paths import about
 from crailfs.cli.fs.permissions import creation_mode
 from crailfs.errors import ExistsError
 from crailfs.records import NodeKind, StorageClass
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.store import CrailStore
 
 _KINDS = {
     "directory": NodeKind.DIRECTORY,
@@ -44,38 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
+async def run(store: CrailStore, options: argparse.Namespace) -> int:
     storage_class = StorageClass.parse(options.storage_class) if options.storage_class else None
-    if options.parents:
-        names = names_of(options.path)
-        for depth in range(1, len(names)):
-            above = "/" + os.fsdecode(b"/".join(names[:depth]))
-            await _make(file_system, above, NodeKind.DIRECTORY, None, may_exist=True)
     kind = _KINDS[options.kind]
-    await _make(file_system, options.path, kind, storage_class, may_exist=options.parents)
-    return ExitCode.OK
-
-
-async def _make(
-    file_system: FileSystem,
-    path: str,
-    kind: NodeKind,
-    storage_class: StorageClass | None,
-    *,
-    may_exist: bool,
-) -> None:
-    target = await place(file_system, path)
-    try:
-        await file_system.create_node(
-            target.parent,
-            target.name,
-            kind,
+    with about(options.path):
+        if options.parents and await store.exists(options.path):
+            if (await store.lookup(options.path)).kind is kind:
+                return ExitCode.OK
+            raise ExistsError(options.path)
+        await store.mkdir(
+            options.path,
+            kind=kind,
             mode=creation_mode(0o777),
-            uid=os.geteuid(),
-            gid=os.getegid(),
+            parents=options.parents,
             storage_class=storage_class,
         )
-    except ExistsError:
-        if may_exist and (await file_system.lookup(target.parent, target.name)).kind is kind:
-            return
-        raise ExistsError(f"{path} exists") from None
+    return ExitCode.OK

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from crailfs.cli.exit_codes import ExitCode
-from crailfs.cli.fs.paths import Place, find, place
+from crailfs.cli.fs.paths import about
 from crailfs.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.store import CrailStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,19 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-replace", action="store_true", help="fail if TO exists")
 
 
-async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
-    from crailfs.wire.messages import RenameFlag
-
-    await find(file_system, options.source)
-    source = await place(file_system, options.source)
+async def run(store: CrailStore, options: argparse.Namespace) -> int:
+    with about(options.source):
+        await store.lookup(options.source, follow=False)
+    target = options.target
     try:
-        existing = await find(file_system, options.target)
+        if (await store.lookup(target)).is_directory:
+            target = f"{target}/{PurePath(options.source).name}"
     except NotFoundError:
-        existing = None
-    if existing is not None and existing.is_directory:
-        target = Place(existing.ino, source.name)
-    else:
-        target = await place(file_system, options.target)
-    flags = RenameFlag.NO_REPLACE if options.no_replace else RenameFlag.NONE
-    await file_system.rename(source.parent, source.name, target.parent, target.name, flags)
+        pass  # a new name
+    with about(target):
+        await store.rename(options.source, target, replace=not options.no_replace)
     return ExitCode.OK

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from crailfs.cli.exit_codes import ExitCode
-from crailfs.cli.fs.paths import Place, find, place
+from crailfs.cli.fs.paths import about
 from crailfs.cli.fs.permissions import creation_mode
-from crailfs.errors import ExistsError, IsADirectoryCrailError, NotFoundError
-from crailfs.records import NodeKind
+from crailfs.errors import IsADirectoryCrailError, NotFoundError
 from crailfs.units import MIB
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.store import CrailStore
 
 _PIECE_BYTES = 4 * MIB
 
@@ -37,48 +35,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
+async def run(store: CrailStore, options: argparse.Namespace) -> int:
     if options.local == "-":
-        source = trio.wrap_file(sys.stdin.buffer)
-        await _put(file_system, source, await _target(file_system, options), options)
+        await _put(store, trio.wrap_file(sys.stdin.buffer), options)
     else:
         async with await trio.open_file(options.local, "rb") as source:
-            await _put(file_system, source, await _target(file_system, options), options)
+            await _put(store, source, options)
     return ExitCode.OK
 
 
-async def _target(file_system: FileSystem, options: argparse.Namespace) -> Place:
-    try:
-        node = await find(file_system, options.path)
-    except NotFoundError:
-        return await place(file_system, options.path)
-    if not node.is_directory:
-        return await place(file_system, options.path)
-    if options.local == "-":
-        raise IsADirectoryCrailError(f"{options.path} is a directory: name a file in it")
-    return Place(node.ino, os.fsencode(Path(options.local).name))
-
-
-async def _put(
-    file_system: FileSystem, source: AsyncReader, target: Place, options: argparse.Namespace
-) -> None:
-    try:
-        reply = await file_system.create_node(
-            target.parent,
-            target.name,
-            NodeKind.FILE,
-            mode=creation_mode(0o666),
-            uid=os.geteuid(),
-            gid=os.getegid(),
-            exclusive=options.no_replace,
-        )
-    except ExistsError:
-        raise ExistsError(f"{options.path} exists: leave --no-replace out to replace it") from None
-    file = await file_system.open(reply.attributes.ino, truncate=not reply.created)
-    try:
-        offset = 0
+async def _put(store: CrailStore, source: AsyncReader, options: argparse.Namespace) -> None:
+    path = await _target(store, options)
+    with about(path):
+        file = await store.create(path, mode=creation_mode(0o666), exclusive=options.no_replace)
+    async with file:
         while piece := await source.read(_PIECE_BYTES):
-            await file.write(offset, piece)
-            offset += len(piece)
-    finally:
-        await file.close()
+            await file.write(piece)
+
+
+async def _target(store: CrailStore, options: argparse.Namespace) -> str:
+    path: str = options.path
+    try:
+        with about(path):
+            node = await store.lookup(path)
+    except NotFoundError:
+        return path
+    if not node.is_directory:
+        return path
+    if options.local == "-":
+        raise IsADirectoryCrailError(f"{path} is a directory: name a file in it")
+    return f"{path}/{PurePath(options.local).name}"

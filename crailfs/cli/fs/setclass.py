@@ -6,11 +6,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from crailfs.cli.exit_codes import ExitCode
-from crailfs.cli.fs.paths import find
+from crailfs.cli.fs.paths import about
 from crailfs.records import StorageClass
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.store import CrailStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--location", metavar="HOST", help="and prefer this host or rack")
 
 
-async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
+async def run(store: CrailStore, options: argparse.Namespace) -> int:
     storage_class = StorageClass.parse(options.storage_class)
-    node = await find(file_system, options.path)
-    await file_system.set_xattr(node.ino, b"user.crail.storage_class", str(storage_class).encode())
+    with about(options.path):
+        node = await store.lookup(options.path)
+    await store.set_class(options.path, storage_class)
     if options.location is not None:
-        await file_system.set_xattr(node.ino, b"user.crail.location", options.location.encode())
+        location = options.location.encode()
+        await store.filesystem.set_xattr(node.ino, b"user.crail.location", location)
     return ExitCode.OK

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from crailfs.cli.exit_codes import ExitCode
 from crailfs.cli.fs.listing import printable
-from crailfs.cli.fs.paths import find
+from crailfs.cli.fs.paths import about
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.store import CrailStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
-async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
-    node = await find(file_system, options.path)
+async def run(store: CrailStore, options: argparse.Namespace) -> int:
+    with about(options.path):
+        node = await store.lookup(options.path, follow=False)
     placement = node.placement
     shown: dict[str, Any] = {
         "path": options.path,
@@ -32,7 +33,7 @@ async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
         "gid": node.gid,
         "links": node.nlink,
         "size": node.size,
-        "allocated_bytes": node.block_count * file_system.block_size_bytes,
+        "allocated_bytes": node.block_count * store.filesystem.block_size_bytes,
         "mtime_ns": node.mtime_ns,
         "ctime_ns": node.ctime_ns,
         "atime_ns": node.atime_ns,
@@ -40,7 +41,7 @@ async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
         "storage_class": str(placement.storage_class),
         "location": placement.location,
         "durability": placement.durability.name.lower(),
-        "allocation_bytes": placement.allocation_blocks * file_system.block_size_bytes,
+        "allocation_bytes": placement.allocation_blocks * store.filesystem.block_size_bytes,
         "replicas": placement.replicas,
         "target": printable(node.target),
     }

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from crailfs.cli.exit_codes import ExitCode
 from crailfs.cli.fs.listing import long_line, marked, printable
-from crailfs.cli.fs.paths import find
+from crailfs.cli.fs.paths import about
 from crailfs.cli.walk import walk
 from crailfs.units import format_bytes
 
 if TYPE_CHECKING:
-    from crailfs.client.filesystem import FileSystem
+    from crailfs.client.store import CrailStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-async def run(file_system: FileSystem, options: argparse.Namespace) -> int:
-    top = await find(file_system, options.path)
+async def run(store: CrailStore, options: argparse.Namespace) -> int:
+    with about(options.path):
+        top = await store.lookup(options.path)
     directory_count, other_count, byte_count = 0, 0, 0
-    async for path, node in walk(file_system, top.ino):
+    async for path, node in walk(store.filesystem, top.ino):
         depth = path.count(b"/") - 1
         name = "  " * depth + marked(printable(path.rpartition(b"/")[2]), node)
         print(long_line(name, node) if options.long else name)
