@@ -241,6 +241,9 @@ class FileSystem:
 
     async def lookup(self, parent: int, name: bytes) -> Attributes:
         """Raises ``NotFoundError``; that too is remembered while the directory's lease lasts."""
+        if name in (b".", b".."):
+            directory = await self.attributes(parent)
+            return directory if name == b"." else await self.attributes(directory.parent)
         entry = self.cache.entry(parent, name)
         if entry is ABSENT:
             raise NotFoundError(f"directory {parent} has no entry {name!r}")

@@ -22,7 +22,7 @@ from crailfs.errors import (
     NotFoundError,
     StaleError,
 )
-from crailfs.limits import PATH_MAX_BYTES
+from crailfs.limits import FILE_SIZE_MAX_BYTES, PATH_MAX_BYTES
 from crailfs.records import Attributes, Durability, NodeKind, StorageClass
 from crailfs.units import ROOT_INODE
 from crailfs.wire.messages import RenameFlag, Statistics
@@ -249,7 +249,8 @@ class CrailStore:
         ino = (await self.lookup(table)).ino
         attributes = await self.filesystem.lookup(ino, os.fsencode(key))
         async with await self.filesystem.open(attributes.ino) as file:
-            return bytes(await file.read(0, file.attributes.size))
+            # One read: it is of one version of the map.
+            return bytes(await file.read(0, FILE_SIZE_MAX_BYTES))
 
     async def delete_key(self, table: Path, key: str | bytes) -> None:
         ino = (await self.lookup(table)).ino

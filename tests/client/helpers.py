@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import trio
 
 from crailfs.client.filesystem import FileSystem, OpenFile
 from crailfs.records import NodeKind, StorageClass, Tier
@@ -52,3 +55,12 @@ def overwrite_everywhere(region: Path, old: bytes, new: bytes) -> int:
             file.write(new)
             at = held.find(old, at + 1)
     return count
+
+
+async def eventually(
+    condition: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 20.0
+) -> None:
+    """For what happens in the background on a timer of its own."""
+    with trio.fail_after(timeout_seconds):
+        while not await condition():  # noqa: ASYNC110
+            await trio.sleep(0.05)

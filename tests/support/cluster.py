@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import trio
 
 import metadata_server.server
@@ -23,6 +24,8 @@ from crailfs.net.client import RpcClient
 from crailfs.records import Tier
 from crailfs.units import MIB
 from crailfs.wire.messages import Audit, AuditReply, Opcode, Role
+from metadata_server import sessions
+from metadata_server.driver import Driver
 
 SECRET = b"the secret of a test cluster"
 BLOCK_SIZE_BYTES = 65_536
@@ -61,7 +64,20 @@ class Cluster:
 
     async def start_storage(self) -> None:
         assert self._nursery is not None
-        await self.storage.start(self._nursery, storage_server.server.serve, self.storage_config)
+        addresses = await self.storage.start(
+            self._nursery, storage_server.server.serve, self.storage_config
+        )
+        # After a restart it is where it was.
+        self.storage_config = msgspec.structs.replace(self.storage_config, listen=tuple(addresses))
+
+    def expire_session(self, client_id: int) -> None:
+        """While the metadata server is stopped: what it does with a client that is silent."""
+        driver = Driver.open(self.metadata_config)
+        try:
+            driver.run(lambda txn, context: sessions.expire(txn, context, client_id))
+            driver.write_batch()
+        finally:
+            driver.close()
 
     async def audit(self) -> AuditReply:
         """What the metadata server finds wrong in its own tables."""
@@ -91,10 +107,12 @@ class _Server:
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
 
-    async def start(self, nursery: trio.Nursery, serve: object, config: object) -> None:
+    async def start(self, nursery: trio.Nursery, serve: object, config: object) -> list[str]:
+        """Returns the addresses that it listens on."""
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
-        await nursery.start(self._run, serve, config)
+        addresses: list[str] = await nursery.start(self._run, serve, config)
+        return addresses
 
     async def _run(
         self,

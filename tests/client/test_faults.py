@@ -1,0 +1,125 @@
+"""Servers that stop and come back while a client works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from crailfs.client.filesystem import FileSystem
+from crailfs.errors import FencedError, UnavailableError
+from crailfs.units import ROOT_INODE
+from tests.client.helpers import BLOCK, content, create, eventually, free_blocks, open_by_name
+from tests.support.cluster import running_cluster
+
+
+@pytest.mark.parametrize("transport", ["local", "tcp"])
+async def test_metadata_server_restarts_under_load_and_each_request_counts_once(
+    tmp_path: Path, transport: str
+) -> None:
+    files = 60
+    async with running_cluster(tmp_path) as cluster, cluster.client(transport) as client:
+        log = await create(client, b"log")
+        written = trio.Event()
+
+        async def load() -> None:
+            for number in range(files):
+                file = await create(client, b"file %d" % number)
+                await file.write(0, b"%d" % number * 1000)
+                await file.close()
+                await client.rename(
+                    ROOT_INODE, b"file %d" % number, ROOT_INODE, b"done %d" % number
+                )
+                await log.append(b"%d\n" % number)
+                if number == 10:
+                    written.set()
+            await log.close()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(load)
+            await written.wait()
+            for _ in range(3):
+                await cluster.metadata.stop()
+                await cluster.start_metadata()
+        names = {entry.name for entry in (await client.read_directory(ROOT_INODE)).entries}
+        assert names == {b"log"} | {b"done %d" % number for number in range(files)}
+        async with cluster.client() as other:
+            for number in range(files):
+                file = await open_by_name(other, b"done %d" % number)
+                assert await content(file) == b"%d" % number * 1000
+                await file.close()
+            expected = b"".join(b"%d\n" % number for number in range(files))
+            assert await content(await open_by_name(other, b"log")) == expected
+
+
+@pytest.mark.parametrize("transport", ["local", "tcp"])
+async def test_storage_server_restarts(tmp_path: Path, transport: str) -> None:
+    async with running_cluster(tmp_path) as cluster, cluster.client(transport) as client:
+        file = await create(client)
+        await file.write(0, b"before" * BLOCK)
+        await file.flush()
+        await cluster.storage.stop()
+        await cluster.start_storage()
+        assert await content(file) == b"before" * BLOCK
+        await file.write(6 * BLOCK, b"after" * BLOCK)
+        await file.close()
+        assert await content(await open_by_name(client)) == b"before" * BLOCK + b"after" * BLOCK
+
+
+async def test_no_metadata_server_is_an_error_within_the_deadline(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        config = cluster.client_config(operation_timeout_ms=300)
+        async with FileSystem.connect(config) as client:
+            file = await create(client)
+            await file.write(0, b"data")
+            await cluster.metadata.stop()
+            with trio.fail_after(5), pytest.raises(UnavailableError):
+                await file.flush()
+            await cluster.start_metadata()
+            await file.flush()
+            await file.close()
+            assert await content(await open_by_name(client)) == b"data"
+        await cluster.metadata.stop()
+        with trio.fail_after(5), pytest.raises(UnavailableError):
+            async with FileSystem.connect(config):
+                pass
+        await cluster.start_metadata()
+
+
+@pytest.mark.parametrize("transport", ["local", "tcp"])
+async def test_what_was_not_committed_when_the_session_ended_is_reported_once(
+    tmp_path: Path, transport: str
+) -> None:
+    async with running_cluster(tmp_path) as cluster, cluster.client(transport) as client:
+        free = await free_blocks(client)
+        lost = await create(client, b"lost")
+        kept = await create(client, b"kept")
+        await kept.write(0, b"committed")
+        await kept.flush()
+        await lost.write(0, b"never committed")
+        old_id = client.client_id
+        await cluster.metadata.stop()
+        cluster.expire_session(old_id)
+        await cluster.start_metadata()
+
+        async def goes_on() -> bool:
+            return client.client_id != old_id
+
+        await eventually(goes_on)
+        with pytest.raises(FencedError):
+            await lost.read(0, 10)
+        assert await content(lost) == b""
+        await lost.write(0, b"written again")
+        await lost.close()
+        assert await content(kept) == b"committed"
+        await kept.write(9, b"!")
+        await kept.close()
+        async with cluster.client() as other:
+            assert await content(await open_by_name(other, b"lost")) == b"written again"
+            assert await content(await open_by_name(other, b"kept")) == b"committed!"
+
+        async def blocks_are_free_again() -> bool:
+            return await free_blocks(client) == free - 2
+
+        await eventually(blocks_are_free_again)
