@@ -113,13 +113,13 @@ class Driver:
             if remembered:
                 self._remember(client_id, request_id, opcode, reply)
         except CrailError as error:
-            txn.undo(mark)
+            self._undo(mark)
             return Outcome(error, (), tuple(context.shown))
         except lmdb.Error as error:
             return Outcome(self._recover(mark, opcode.name, error))
         except Exception:
             log.exception("%s of client %016x: %r", opcode.name, client_id, request)
-            txn.undo(mark)
+            self._undo(mark)
             return Outcome(
                 InternalError(f"{opcode.name.lower()} failed: the metadata server's log says why")
             )
@@ -136,7 +136,7 @@ class Driver:
         except lmdb.Error as error:
             raise self._recover(mark, getattr(function, "__name__", "operation"), error) from error
         except BaseException:
-            self._txn.undo(mark)
+            self._undo(mark)
             raise
 
     def audit(self) -> AuditReply:
@@ -233,6 +233,12 @@ class Driver:
         self._txn.commit_as(journal.sequence)
         self._txn.attach(self._state.begin())
         journal.reset()
+
+    def _undo(self, mark: int) -> None:
+        try:
+            self._txn.undo(mark)
+        except lmdb.Error as error:
+            self._recover(mark, "taking an operation back", error)
 
     def _recover(self, mark: int, what: str, error: lmdb.Error) -> CrailError:
         """LMDB failed in the operation whose changes begin at ``mark``: drop it, and the open

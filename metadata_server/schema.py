@@ -17,7 +17,7 @@ database a table.
     reclaim    sequence u64, region u32, block u64   Granted
     orphans    ino u64, client u64              empty
     sessions   client u64                       Session
-    replies    client u64, request id u64       opcode or status u16 (big-endian), body bytes
+    replies    client u64, request id u64       opcode u16 (big-endian), reply
     servers    server id 16 B                   StoredServer
     regions    region u32                       StoredRegion
     usage      region u32                       Usage
