@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_INTERVAL_S: Final = 0.002
 """How long a caller whose replies come at once keeps the other tasks waiting."""
+RECONNECT_DELAY_GROWTH: Final = 1.5
+"""A server that starts is found at most half as late as it took to start."""
 STABLE_CONNECTION_S: Final = 1.0
 """After a connection that lived this long the next attempt begins with the shortest delay."""
 
@@ -204,7 +206,7 @@ class RpcClient:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keeps the connection until cancelled, making it again as often as needed."""
         task_status.started()
-        delay_ms = RECONNECT_DELAY_MIN_MS
+        delay_ms: float = RECONNECT_DELAY_MIN_MS
         while True:
             began_s = time.monotonic()
             try:
@@ -227,7 +229,7 @@ class RpcClient:
             if time.monotonic() - began_s >= STABLE_CONNECTION_S:
                 delay_ms = RECONNECT_DELAY_MIN_MS
             await trio.sleep(delay_ms / 1000 * random.uniform(0.5, 1.0))
-            delay_ms = min(2 * delay_ms, RECONNECT_DELAY_MAX_MS)
+            delay_ms = min(delay_ms * RECONNECT_DELAY_GROWTH, RECONNECT_DELAY_MAX_MS)
 
     async def _connect(self) -> tuple[Link, Challenge, Welcome]:
         link = Link(await connect_socket(self._address))

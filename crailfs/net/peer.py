@@ -121,7 +121,7 @@ class Peer:
         self.frame_started_s: float | None = None
         """When the frame that is arriving began; ``None``: none is."""
         self.send_stalled_s: float | None = None
-        """When the socket last took bytes, if some are waiting."""
+        """Since when the socket has taken nothing though something waits for it."""
         self._output = output
         self._pushes: dict[int, tuple[Opcode, Callable[[Message | CrailError], None]]] = {}
         self._next_push_id = 1

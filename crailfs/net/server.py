@@ -200,7 +200,7 @@ class _Server:
         if peer.frame_started_s is not None and now - peer.frame_started_s > frame_timeout_s:
             return f"a frame was not complete within {FRAME_TIMEOUT_MS} ms"
         if peer.send_stalled_s is not None and now - peer.send_stalled_s > frame_timeout_s:
-            return f"it took none of {peer.queue.byte_count} bytes within {FRAME_TIMEOUT_MS} ms"
+            return f"it took none of its replies within {FRAME_TIMEOUT_MS} ms"
         return None
 
     # --- connections ----------------------------------------------------------------------------
@@ -473,17 +473,14 @@ class _Server:
                 peer.sock.shutdown(socket.SHUT_RDWR)
             self._watch(peer, select.EPOLLIN)
             return
-        if drained:
+        # Frames that were left because of a limit are taken when the socket takes bytes again.
+        waits = not drained or (peer.paused and not peer.saturated)
+        if not waits:
             peer.send_stalled_s = None
         elif peer.send_stalled_s is None or peer.queue.byte_count < waiting_bytes:
             peer.send_stalled_s = time.monotonic()
-        mask = 0
-        if not peer.saturated:
-            mask |= select.EPOLLIN
-        # A socket that takes bytes is at once ready: that wakes the loop for waiting frames.
-        if not drained or (peer.paused and not peer.saturated):
-            mask |= select.EPOLLOUT
-        self._watch(peer, mask)
+        readable = 0 if peer.saturated else select.EPOLLIN
+        self._watch(peer, readable | (select.EPOLLOUT if waits else 0))
 
     def _watch(self, peer: Peer, mask: int) -> None:
         if mask != peer.epoll_mask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -455,7 +456,7 @@ async def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     def attach_badly(peer: Peer, request_id: int, *_: Any) -> None:
         raise BusyError("no")
 
-    with open(tmp_path / "file", "w") as file:
+    with tempfile.TemporaryFile() as file:
 
         def attach(peer: Peer, request_id: int, *_: Any) -> None:
             peer.reply(request_id, AttachReply(()), fds=[file.fileno()] * 10)
@@ -522,18 +523,21 @@ async def test_a_client_keeps_within_the_requests_in_flight() -> None:
     handler = Handler()
     handler.answers[Opcode.LOOKUP] = hold
     most = limits.REQUESTS_IN_FLIGHT_MAX
-    async with serving(handler) as (address,), connected_client(address) as client:
-        async with trio.open_nursery() as nursery:
-            for _ in range(most + 100):
-                nursery.start_soon(client.call, Opcode.LOOKUP, LOOKUP)
-            await until(lambda: len(held) == most)
-            with pytest.raises(UnavailableError):
-                await client.call(Opcode.LOOKUP, LOOKUP, deadline_ms=20)
-            while len(handler.requests) < most + 100 or held:
-                for peer, request_id in held:
-                    peer.reply(request_id, attributes(1))
-                held.clear()
-                await trio.lowlevel.checkpoint()
+    async with (
+        serving(handler) as (address,),
+        connected_client(address) as client,
+        trio.open_nursery() as nursery,
+    ):
+        for _ in range(most + 100):
+            nursery.start_soon(client.call, Opcode.LOOKUP, LOOKUP)
+        await until(lambda: len(held) == most)
+        with pytest.raises(UnavailableError):
+            await client.call(Opcode.LOOKUP, LOOKUP, deadline_ms=20)
+        while len(handler.requests) < most + 100 or held:
+            for peer, request_id in held:
+                peer.reply(request_id, attributes(1))
+            held.clear()
+            await trio.lowlevel.checkpoint()
 
 
 async def test_replies_to_a_peer_that_takes_none_are_bounded() -> None:
@@ -571,7 +575,7 @@ async def test_a_busy_client_does_not_starve_its_own_process() -> None:
             nonlocal ticks
             while True:
                 ticks += 1
-                await trio.sleep(0)
+                await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tick)
