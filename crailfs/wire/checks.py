@@ -30,7 +30,7 @@ class _Length(NamedTuple):
     error: type[CrailError] = InvalidError
 
 
-_LENGTHS: Final[dict[str, _Length]] = {
+LENGTHS: Final[dict[str, _Length]] = {
     # handshake: exact lengths are checked there
     "nonce": _Length(_PROOF_MAX_BYTES),
     "proof": _Length(_PROOF_MAX_BYTES),
@@ -68,7 +68,7 @@ _LENGTHS: Final[dict[str, _Length]] = {
     "fenced": _Length(_CLIENTS_MAX),
 }
 
-_U32_FIELDS: Final = frozenset({"region", "region_id", "uid", "gid", "mode"})
+U32_FIELDS: Final = frozenset({"region", "region_id", "uid", "gid", "mode"})
 _U32_MAX: Final = (1 << 32) - 1
 _U64_MAX: Final = (1 << 64) - 1
 _I64_MIN: Final = -(1 << 63)
@@ -132,7 +132,7 @@ def _range_check(name: str, get: Callable[[Any], int | None]) -> _Check:
     if name.endswith("_ns"):
         low, high = _I64_MIN, _I64_MAX
     else:
-        low, high = 0, _U32_MAX if name in _U32_FIELDS else _U64_MAX
+        low, high = 0, _U32_MAX if name in U32_FIELDS else _U64_MAX
 
     def check(record: Any) -> None:
         value = get(record)
@@ -145,7 +145,7 @@ def _range_check(name: str, get: Callable[[Any], int | None]) -> _Check:
 
 
 def _length_check(name: str, get: Callable[[Any], Any], unit: str) -> _Check:
-    maximum, error = _LENGTHS[name]
+    maximum, error = LENGTHS[name]
 
     def check(record: Any) -> None:
         value = get(record)
