@@ -92,8 +92,8 @@ def _records() -> str:
 def _shown(default: Any) -> str:
     if default is None or isinstance(default, bool):
         return {None: "nil", False: "false", True: "true"}[default]
-    if isinstance(default, int):
-        return str(int(default))
+    if isinstance(default, int | float):
+        return f"{default:g}"
     if isinstance(default, msgspec.Struct):
         return "all defaults"
     return "empty" if len(default) == 0 else repr(default)
