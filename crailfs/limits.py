@@ -71,7 +71,6 @@ JOURNAL_SYNC_INTERVAL_MS: Final = 1_000
 """The most that a power cut can take of acknowledged metadata."""
 CHECKPOINT_INTERVAL_MS: Final = 10_000
 JOURNAL_CHECKPOINT_BYTES: Final = 16 * MIB
-JOURNAL_RECORD_MAX_BYTES: Final = 8 * MIB
 
 # --- memory -------------------------------------------------------------------------------------
 CLIENT_NODES_CACHED_MAX: Final = 100_000
