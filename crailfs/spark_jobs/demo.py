@@ -19,6 +19,7 @@ import trio
 from crailfs.bench.progress import Progress
 from crailfs.bench.report import aligned
 from crailfs.bench.workbench import Workbench, last_lines, raise_on_signals
+from crailfs.cli.main import error_of
 from crailfs.cli.operator import cluster_status, connected
 from crailfs.config import ClientConfig
 from crailfs.errors import CrailError
@@ -279,7 +280,7 @@ def _peak_by_tier(config: ClientConfig | None) -> Iterator[dict[str, int]]:
     async def watch() -> None:
         async with connected(config.metadata, config) as metadata:
             while not done.is_set():
-                status = await cluster_status(metadata)
+                status = await cluster_status(metadata, config)
                 for tier in status.statistics.tiers:
                     used_blocks = tier.total_blocks - tier.free_blocks
                     used_bytes = used_blocks * status.cluster.block_size_bytes
@@ -301,7 +302,8 @@ def _peak_by_tier(config: ClientConfig | None) -> Iterator[dict[str, int]]:
         done.set()
         thread.join(_STEP_TIMEOUT_SECONDS)
     if failures:
-        raise CrailError(f"the tiers' use could not be asked for: {failures[0]}")
+        reason = error_of(failures[0]) or failures[0]
+        raise CrailError(f"the tiers' use could not be asked for: {reason}") from failures[0]
 
 
 def _tell_what_is_kept(bed: Workbench, options: argparse.Namespace) -> None:
