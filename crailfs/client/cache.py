@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 import msgspec
@@ -256,20 +256,20 @@ class NodeCache:
         self._extend(node, ticket)
         self._put_name(node, name, entry)
 
-    def change_entry(
+    def change_entries(
         self,
         parent: int,
-        name: bytes,
-        entry: Entry | None,
+        entries: Mapping[bytes, Entry | None],
         ticket: Ticket,
         attributes: Attributes | None,
     ) -> None:
-        """An operation of this client made ``name`` what ``entry`` says; ``None``: unknown.
+        """An operation of this client made these names what ``entries`` says; ``None``: unknown.
 
         ``attributes`` are the directory's afterwards, where the reply shows them.
         """
-        overtaken = self.changed_since((parent, name), ticket)
-        self._note_change((parent, name))
+        overtaken = {name for name in entries if self.changed_since((parent, name), ticket)}
+        for name in entries:
+            self._note_change((parent, name))
         if attributes is not None:
             self.store(attributes, ticket, changed=True)
         else:
@@ -278,10 +278,11 @@ class NodeCache:
         node = self._nodes.get(parent)
         if node is None or not self.is_live(node):
             return
-        if overtaken or entry is None:
-            self._forget_name(node, name)
-        else:
-            self._put_name(node, name, entry)
+        for name, entry in entries.items():
+            if entry is None or name in overtaken:
+                self._forget_name(node, name)
+            else:
+                self._put_name(node, name, entry)
 
     def show(self, ino: int, ticket: Ticket) -> None:
         """The metadata server has shown the node, and counts this client as a lease holder."""

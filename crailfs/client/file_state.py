@@ -56,6 +56,11 @@ class PendingBlock:
     def run(self) -> Run:
         return Run(self.region, self.block, 1, self.generation)
 
+    def known_checksum(self) -> int | None:
+        if self.checksum is None and self.hasher is not None:
+            return self.hasher.intdigest()
+        return self.checksum
+
     def content_changed(self) -> None:
         self.checksum = None
         self.hasher = None
@@ -81,8 +86,9 @@ class FileState:
         """Where its blocks come from and unused ones go back to."""
         self.collected: dict[PendingBlock, None] = {}
         """Pending blocks with a buffer, in the order in which they were begun."""
-        self.uncertain: list[int] = []
-        """File blocks whose commit was sent and never answered."""
+        self.uncertain: set[int] = set()
+        """File blocks whose commit was sent and never answered: they may be committed, and even be
+        somebody else's by now, so nothing is written there again."""
         self.reserved: Run | None = None
         self.taken_blocks = 0
         self.allocation_blocks = 1
@@ -100,6 +106,13 @@ class FileState:
         the block may have been used for something else."""
         self._lock = trio.Lock()
         self._block_size_bytes = block_size_bytes
+
+    def place(self, attributes: Attributes) -> None:
+        """Where its blocks are to come from: as ``attributes`` say, as long as it is open."""
+        placement = attributes.placement
+        self.pool_key = (placement.storage_class, placement.location)
+        self.allocation_blocks = placement.allocation_blocks
+        self.durability = placement.durability
 
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:

@@ -6,6 +6,7 @@ collected here and sent when it is full or to be committed.
 
 from __future__ import annotations
 
+import logging
 from typing import Final, TypeAlias
 
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -13,8 +14,11 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from crailfs.client.file_state import FileState, PendingBlock
 from crailfs.client.storage import StorageAccess
 from crailfs.client.write_behind import WriteBehind
+from crailfs.errors import ChecksumError
 from crailfs.records import Run
 from crailfs.transports import Transport
+
+log = logging.getLogger(__name__)
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -81,14 +85,26 @@ class PendingIo:
         block.checksum = xxh3_64_intdigest(content)
 
     async def read(self, state: FileState, block: PendingBlock) -> Buffer:
-        """The stored bytes. There is no checksum to hold them against, but nobody else can have
-        written there."""
+        """The stored bytes, verified where the checksum is known: it is not between a write into
+        the middle of a block and the commit.
+
+        Raises ``ChecksumError``.
+        """
         if block.buffer is not None:
             return bytes(block.buffer)
         await self._write_behind.settle(state)
         transport = await self._transport(block.region)
         offset = block.block * self._block_size_bytes
-        return await transport.read(block.region, offset, block.stored_bytes)
+        expected = block.known_checksum()
+        data = await transport.read(block.region, offset, block.stored_bytes)
+        if expected is not None and expected != xxh3_64_intdigest(data):
+            if block.known_checksum() == expected:
+                raise ChecksumError(
+                    f"block {block.block} of region {block.region} does not hold what was written "
+                    f"for inode {state.ino}: look at the device, and write the file again"
+                )
+            log.debug("inode %d was written while it was read", state.ino)
+        return data
 
     def shorten(self, block: PendingBlock, stored_bytes: int) -> None:
         """Cut off what lies beyond ``stored_bytes``."""
@@ -115,10 +131,9 @@ class PendingIo:
             raise error
         for block in state.pending.values():
             if block.checksum is None:
-                if block.hasher is None:
-                    block.checksum = xxh3_64_intdigest(await self.read(state, block))
-                else:
-                    block.checksum = block.hasher.intdigest()
+                block.checksum = block.known_checksum()
+            if block.checksum is None:
+                block.checksum = xxh3_64_intdigest(await self.read(state, block))
 
     async def flush(self, regions: set[int]) -> None:
         """Make what was written there as durable as the media can."""

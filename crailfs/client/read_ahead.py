@@ -53,7 +53,10 @@ class ReadAhead:
         if self._in_a_row < _SEQUENTIAL_READS_MIN:
             return await self._reader.read(self._state, offset, byte_count)
         await self._reader.blocks(self._state, offset, byte_count)
-        version, size = self._current()
+        version = self._version()
+        attributes = self._state.node.attributes
+        assert version is not None and attributes is not None
+        size = max(attributes.size, self._state.pending_end)
         byte_count = max(0, min(byte_count, size - offset))
         if byte_count == 0:
             return b""
@@ -68,11 +71,12 @@ class ReadAhead:
                 return memoryview(data)[begin : begin + byte_count]
         return await self._gather(offset, byte_count, first, end, version)
 
-    def _current(self) -> tuple[Version, int]:
-        attributes = self._state.node.attributes
-        assert attributes is not None
-        size = max(attributes.size, self._state.pending_end)
-        return (attributes.data_version, self._state.writes), size
+    def _version(self) -> Version | None:
+        """Of what a reader here sees; ``None``: not known under a live lease."""
+        node = self._state.node
+        if node.attributes is None or not self._cache.is_live(node):
+            return None
+        return node.attributes.data_version, self._state.writes
 
     def _start(self, index: int, version: Version) -> None:
         known = self._chunks.get(index)
@@ -88,8 +92,7 @@ class ReadAhead:
     async def _fetch(self, index: int, chunk: _Chunk) -> None:
         try:
             data = await self._reader.read(self._state, index * CHUNK_BYTES, CHUNK_BYTES)
-            if self._cache.is_live(self._state.node) and self._state.node.attributes is not None:
-                chunk.version, _ = self._current()
+            if self._version() == chunk.version:
                 chunk.data = bytes(data) if isinstance(data, memoryview) else data
         except CrailError:
             chunk.data = None  # whoever wants these bytes reads them again and meets the error

@@ -24,13 +24,14 @@ from crailfs.errors import (
     ConflictError,
     CrailError,
     FencedError,
+    NoSpaceError,
     NotFoundError,
     StaleError,
     TooLargeError,
     UnavailableError,
 )
 from crailfs.limits import FILE_SIZE_MAX_BYTES
-from crailfs.records import Attributes, Location, Run
+from crailfs.records import Attributes, Extent, Location, Run
 from crailfs.units import blocks_for
 from crailfs.wire.messages import CommitFile, Opcode, SyncMetadata
 
@@ -69,9 +70,7 @@ class Writer:
             raise TooLargeError(
                 f"writing up to byte {offset + len(view)}: a file has at most {FILE_SIZE_MAX_BYTES}"
             )
-        if state.uncertain:
-            await self._resolve_uncertain(state)
-        if len(state.pending) >= _PENDING_BLOCKS_MAX:
+        if state.uncertain or len(state.pending) >= _PENDING_BLOCKS_MAX:
             await self.commit(state)
         block_size = self._block_size_bytes
         position = 0
@@ -89,8 +88,28 @@ class Writer:
             state.mtime_ns = time.time_ns()
             state.writes += 1
 
-    async def write_fresh(self, state: FileState, data: Buffer) -> None:
-        """Write a whole new content into a state that has none and is no file's yet."""
+    async def write_value(self, state: FileState, data: Buffer) -> tuple[Extent, ...]:
+        """Write ``data`` for a state that is no file's yet; its extents are for one commit.
+
+        Raises ``NoSpaceError``, and ``TooLargeError`` if one commit cannot carry them.
+        """
+        try:
+            await self._write_fresh(state, data)
+            await self._io.finish(state)
+            batch = first_batch(state.pending, self._block_size_bytes)
+            if len(batch.file_blocks) < len(state.pending):
+                raise TooLargeError(
+                    f"a value of {len(data)} bytes is too large for one commit: write a file"
+                )
+        except (NoSpaceError, TooLargeError):
+            await self._io.settle(state)
+            self.discard(state)
+            raise
+        finally:
+            self.release_reserved(state)
+        return batch.extents
+
+    async def _write_fresh(self, state: FileState, data: Buffer) -> None:
         view = memoryview(data).cast("B")
         block_size = self._block_size_bytes
         position = 0
@@ -200,7 +219,10 @@ class Writer:
         block = state.pending.pop(file_block)
         state.collected.pop(block, None)
         state.epoch += 1
-        self._grants.give_back(state.pool_key, block.run)
+        if file_block in state.uncertain:
+            state.uncertain.remove(file_block)
+        else:
+            self._grants.give_back(state.pool_key, block.run)
 
     def release_reserved(self, state: FileState) -> None:
         if state.reserved is not None:
@@ -286,10 +308,11 @@ class Writer:
         try:
             attributes: Attributes = await self._session.call(Opcode.COMMIT_FILE, request)
         except (UnavailableError, trio.Cancelled):
-            state.uncertain = batch.file_blocks
+            state.uncertain |= set(batch.file_blocks)
             raise
         for file_block in batch.file_blocks:
             state.pending.pop(file_block, None)
+        state.uncertain -= set(batch.file_blocks)
         state.epoch += 1
         blocks = cache.blocks(state.node)
         node = cache.store(attributes, ticket, changed=True)
@@ -299,21 +322,18 @@ class Writer:
             cache.set_blocks(node, blocks)
 
     async def _resolve_uncertain(self, state: FileState) -> None:
-        """Find out whether a commit that was never answered was carried out: its blocks must not be
-        written again if it was."""
+        """Find out what became of a commit that was never answered. What is not found committed is
+        to be committed again as it is: the metadata server knows whose the blocks are."""
         first, end = min(state.uncertain), max(state.uncertain) + 1
         committed = await self._reader.fresh_extents(state, first, end)
         self._session.cache.invalidate(state.ino)
-        for file_block in state.uncertain:
-            block = state.pending.get(file_block)
-            extent = committed.at(file_block)
-            if block is None or extent is None:
-                continue
+        for file_block in list(state.uncertain):
+            block = state.pending[file_block]
             own = Location(block.region, block.block, block.generation)
-            if place_of(extent, file_block) == own:
+            if place_of(committed.at(file_block), file_block) == own:
                 del state.pending[file_block]
+                state.uncertain.remove(file_block)
                 state.epoch += 1
-        state.uncertain = []
 
     async def _merge(self, state: FileState) -> None:
         """Lay this client's bytes over the blocks that another client committed meanwhile."""
@@ -329,10 +349,13 @@ class Writer:
             place = place_of(extent, file_block)
             if place != block.base:
                 base = b"" if extent is None else await self._reader.read_block(extent, file_block)
-                await self._rebase(state, block, base)
-                block.base = place
+                merged = await self._rebased(state, block, base)
+                self._drop(state, file_block)
+                merged.base = place
+                state.pending[file_block] = merged
 
-    async def _rebase(self, state: FileState, block: PendingBlock, base: Buffer) -> None:
+    async def _rebased(self, state: FileState, block: PendingBlock, base: Buffer) -> PendingBlock:
+        """A fresh block with this client's bytes of ``block`` over ``base``."""
         assert block.dirty is not None
         own = memoryview(await self._io.read(state, block))
         dirty_end = max(end for _, end in block.dirty)
@@ -340,4 +363,6 @@ class Writer:
         content[: len(base)] = base
         for start, end in block.dirty:
             content[start:end] = own[start:end]
-        await self._io.replace(state, block, content)
+        merged = await self._io.begin(state, await self._allocate(state, 1), content)
+        merged.dirty = block.dirty
+        return merged

@@ -141,7 +141,7 @@ def test_a_new_directory_is_known_wholly(clock: Clock) -> None:
     cache = NodeCache(5000)
     cache.store_new(directory(), cache.ticket(), 4096)
     assert cache.entry(DIRECTORY, b"anything") is ABSENT
-    cache.change_entry(DIRECTORY, b"mine", Entry(FILE), cache.ticket(), None)
+    cache.change_entries(DIRECTORY, {b"mine": Entry(FILE)}, cache.ticket(), None)
     assert cache.entry(DIRECTORY, b"mine") == Entry(FILE)
     assert cache.entry(DIRECTORY, b"other") is ABSENT
     cache.invalidate(DIRECTORY, b"theirs")

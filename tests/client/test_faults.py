@@ -10,6 +10,7 @@ import trio
 from crailfs.client.filesystem import FileSystem
 from crailfs.errors import FencedError, UnavailableError
 from crailfs.units import ROOT_INODE
+from crailfs.wire.messages import Invalidation
 from tests.client.helpers import BLOCK, content, create, eventually, free_blocks, open_by_name
 from tests.support.cluster import running_cluster
 
@@ -123,3 +124,49 @@ async def test_what_was_not_committed_when_the_session_ended_is_reported_once(
             return await free_blocks(client) == free - 2
 
         await eventually(blocks_are_free_again)
+
+
+async def test_a_commit_that_was_carried_out_but_not_answered(tmp_path: Path) -> None:
+    """The other client takes its time to drop what it cached, beyond the writer's deadline."""
+    async with (
+        running_cluster(tmp_path) as cluster,
+        cluster.client() as slow,
+        FileSystem.connect(cluster.client_config(operation_timeout_ms=300)) as client,
+    ):
+        file = await create(client)
+        await file.write(0, b"one")
+        await file.flush()
+        assert await content(await open_by_name(slow)) == b"one"
+        proceed = trio.Event()
+
+        async def on_invalidate(entries: tuple[Invalidation, ...]) -> None:
+            await proceed.wait()
+
+        slow.on_invalidate = on_invalidate
+        await file.write(3, b" two" * BLOCK)
+        with pytest.raises(UnavailableError):
+            await file.flush()
+        assert await content(file) == b"one" + b" two" * BLOCK
+        proceed.set()
+        await file.write(0, b"ONE")
+        await file.close()
+        assert await content(await open_by_name(slow)) == b"ONE" + b" two" * BLOCK
+
+
+async def test_late_errors_of_writes_come_out_at_flush(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        config = cluster.client_config("tcp", operation_timeout_ms=500)
+        async with FileSystem.connect(config) as client:
+            file = await create(client)
+            await file.write(0, b"committed" * BLOCK)
+            await file.flush()
+            await cluster.storage.stop()
+            await file.write(0, b"x" * BLOCK)
+            with trio.fail_after(5), pytest.raises(UnavailableError):
+                await file.flush()
+            await cluster.start_storage()
+            assert await content(file) == b"committed" * BLOCK
+            await file.write(0, b"y" * BLOCK)
+            await file.close()
+            expected = b"y" * BLOCK + (b"committed" * BLOCK)[BLOCK:]
+            assert await content(await open_by_name(client)) == expected

@@ -257,3 +257,49 @@ async def test_names_are_answered_from_the_cache(tmp_path: Path) -> None:
             assert client.lease_remaining_ms(ROOT_INODE) > 0
         finally:
             await cluster.start_metadata()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_reading_ahead_never_shows_old_bytes(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    model = bytearray(chance.randbytes(5 * MIB))
+    async with (
+        running_cluster(tmp_path) as cluster,
+        cluster.client("tcp") as client,
+        cluster.client("local") as other,
+    ):
+        file = await create(client)
+        await file.write(0, model)
+        await file.flush()
+        theirs = await open_by_name(other)
+        position = 0
+        while position < len(model):
+            count = chance.choice((4096, 100_000, MIB, 3 * MIB // 2))
+            got = bytes(await file.read(position, count))
+            assert got == model[position : position + count], f"seed {seed}, at {position}"
+            position += len(got)
+            ahead = min(position + chance.randrange(MIB), len(model) - 10)
+            writer = chance.choice((file, file, theirs))
+            await writer.write(ahead, b"0123456789")
+            model[ahead : ahead + 10] = b"0123456789"
+            if writer is theirs:
+                await writer.flush()
+        assert bytes(await file.read(position, 10)) == b""
+        await file.close()
+        await theirs.close()
+
+
+async def test_values_of_tables_use_no_more_space_than_they_need(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        async with cluster.client() as client:
+            free = await free_blocks(client)
+            table = await client.create_node(
+                ROOT_INODE, b"t", NodeKind.TABLE, mode=0o755, uid=0, gid=0
+            )
+            for size in (10, 3 * BLOCK + 1, 0, BLOCK):
+                attributes = await client.put_key_value(
+                    table.attributes.ino, b"k", b"v" * size, mode=0o644, uid=0, gid=0
+                )
+                assert attributes.block_count == -(-size // BLOCK)
+        async with cluster.client() as client:
+            assert await free_blocks(client) == free - 1

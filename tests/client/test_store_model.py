@@ -157,6 +157,7 @@ class Program:
         assert listed == {name: len(content) for name, content in self.names.items()}
 
     async def end(self) -> None:
+        await self._commit(self.last_client)
         for file, content in self.handles.values():
             assert await file.read_at(0, 1 << 30) == content
             await file.close()
