@@ -10,14 +10,15 @@ from typing import Final
 
 import pyfuse3
 import trio
-from crailfs.client.filesystem import FileSystem
 
+from crailfs.client.filesystem import FileSystem
 from crailfs.config import MountConfig
 from crailfs.errors import BusyError, ConfigurationError
 from crailfs.wire.messages import Invalidation
+from fuse_client import hot_wait
 from fuse_client.invalidation import DirectoryChanges, KernelInvalidator
 from fuse_client.mountpoints import Mount, find_mount
-from fuse_client.operations import Operations
+from fuse_client.operations import Operations, in_flight
 from fuse_client.watchdog import watched
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ async def _serve(
 
         file_system.on_invalidate = on_invalidate
         nursery.start_soon(finish_mounting)
+        hot_wait.install(in_flight)
         try:
             await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=TASKS_MAX)
         finally:

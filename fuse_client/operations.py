@@ -28,6 +28,7 @@ from crailfs.wire.messages import Invalidation, RenameFlag, XattrFlag
 from fuse_client.attributes import fill_entry, missing_entry
 from fuse_client.directories import DirectoryReader
 from fuse_client.handles import HandleTable
+from fuse_client.hot_wait import InFlight
 from fuse_client.invalidation import DirectoryChanges
 from fuse_client.privileges import mode_without_set_id
 
@@ -58,6 +59,10 @@ XATTR_NAMESPACES: Final = (b"user.", b"trusted.")
 be kept with them: POSIX ACLs, file capabilities, security labels."""
 
 
+in_flight: Final = InFlight()
+"""Of the one mount that a process serves."""
+
+
 def _answers_errno(
     handler: Callable[P, Coroutine[Any, Any, R]],
 ) -> Callable[P, Coroutine[Any, Any, R]]:
@@ -65,6 +70,7 @@ def _answers_errno(
 
     @functools.wraps(handler)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> R:
+        in_flight.count += 1
         try:
             return await handler(*args, **kwargs)
         except CrailError as error:
@@ -76,6 +82,8 @@ def _answers_errno(
         except Exception:
             log.exception("%s failed in a way that is a bug", handler.__name__)
             raise FUSEError(errno.EIO) from None
+        finally:
+            in_flight.count -= 1
 
     return answer
 
