@@ -25,7 +25,8 @@ class Handler(Protocol):
     """What a server does. All methods are synchronous and called from one task."""
 
     def welcome(self, peer: Peer) -> Welcome:
-        """A peer has proved that it knows the secret. Raise a ``CrailError`` to refuse it."""
+        """A peer has proved that it knows the secret. Raise a ``CrailError`` to refuse it. It can
+        be pushed to only after this has returned."""
         ...
 
     def payload_target(
@@ -194,8 +195,7 @@ class Peer:
         """
         if self.closing is None:
             self.closing = reason
-            self.connection.discard_payload()
-            self.awaited = None
+            self._let_go_of_payload()
             self._output.close_asked(self)
 
     @property
@@ -222,6 +222,16 @@ class Peer:
             on_reply(error)
             raise
         on_reply(answer)
+
+    def let_go(self) -> None:
+        """Closes the socket and refers to no buffer of the handler's any more."""
+        self._let_go_of_payload()
+        self.queue.close()
+        self.sock.close()
+
+    def _let_go_of_payload(self) -> None:
+        self.connection.discard_payload()
+        self.awaited = None
 
     def fail_pushes(self, reason: str) -> None:
         """The connection has ended: nothing more will be answered."""

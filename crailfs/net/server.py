@@ -277,8 +277,7 @@ class _Server:
         self._doomed.pop(peer, None)
         self._dirty.pop(peer, None)
         peer.closing = peer.closing or reason
-        peer.queue.close()
-        peer.sock.close()
+        peer.let_go()
         self._open_request_count -= len(peer.in_flight)
         if peer in self._strangers:
             del self._strangers[peer]

@@ -99,7 +99,7 @@ class Session:
     async def run(self) -> None:
         """Ends only by cancellation: ``fail`` cancels the nursery."""
         self._nursery.start_soon(self._send_forever)
-        self._take_frames()
+        self._take_frames_safely()  # what came right behind the handshake
         while True:
             await trio.lowlevel.wait_readable(self._link.sock)
             self.receive()
@@ -171,12 +171,18 @@ class Session:
         try:
             if not self._link.receive():
                 return
-            self.last_received_s = time.monotonic()
-            self._take_frames()
-        except (OSError, CrailError) as error:
-            if isinstance(error, CrailError):
-                log.warning("connection given up: %s", error.message)
+        except OSError as error:
             self.fail(str(error))
+            return
+        self.last_received_s = time.monotonic()
+        self._take_frames_safely()
+
+    def _take_frames_safely(self) -> None:
+        try:
+            self._take_frames()
+        except CrailError as error:
+            log.warning("connection given up: %s", error.message)
+            self.fail(error.message)
 
     def _take_frames(self) -> None:
         connection = self._link.connection

@@ -28,6 +28,7 @@ from crailfs.wire.messages import (
     Challenge,
     Empty,
     GetStatus,
+    Invalidate,
     Lookup,
     Opcode,
     ReadBlocks,
@@ -311,6 +312,24 @@ async def test_a_connection_without_a_word_for_a_whole_deadline_is_made_anew() -
             await client.call(Opcode.GET_STATUS, GetStatus(), deadline_ms=20)
         await until(lambda: len(handler.gone) == 1)
         await client.call(Opcode.LOOKUP, LOOKUP)
+
+
+async def test_a_server_that_talks_nonsense_is_left_and_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    handler = Handler()
+
+    def nonsense(peer: Peer, *_: Any) -> None:
+        peer.queue.append(b"nonsense, at least as long as a header")
+        handler.answers.clear()
+        peer.push(Opcode.INVALIDATE, Invalidate(()), lambda answer: None)
+
+    handler.answers[Opcode.LOOKUP] = nonsense
+    async with serving(handler) as (address,), connected_client(address) as client:
+        assert await client.call(Opcode.LOOKUP, LOOKUP) == attributes(1)
+        assert len(handler.gone) == 1
+        assert [i for i, _ in handler.requests] == [1, 1], "sent again with its id"
+    assert "does not speak CrailFS's protocol" in caplog.text
 
 
 async def test_a_storm_of_restarts_loses_no_call(
