@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crailfs.cli.exit_codes import ExitCode
-from crailfs.cli.options import Target, add_cluster_options, target_of
+from crailfs.cli.options import add_cluster_options, target_of
 from crailfs.units import format_bytes
 
 if TYPE_CHECKING:
     from crailfs.config import ClientConfig
+    from crailfs.target import Target
     from crailfs.wire.messages import Status
 
 EXAMPLES = """\
