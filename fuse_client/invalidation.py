@@ -116,10 +116,11 @@ class KernelInvalidator:
 
 @contextlib.contextmanager
 def _unknown_is_fine() -> Iterator[None]:
-    """The kernel need not know the node or name; an aborted connection has nothing to forget."""
+    """The kernel need not know the node or name. Any other refusal is logged: what the kernel
+    keeps then ends with its lease."""
     try:
         yield
     except FileNotFoundError:
         pass
     except OSError as error:
-        log.info("the kernel refused an invalidation: %s", error)
+        log.warning("the kernel refused an invalidation: %s", error)
