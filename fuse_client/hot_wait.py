@@ -36,16 +36,18 @@ class InFlight:
 
 
 class _Lock:
-    """``trio.Lock`` without a round of the event loop when nobody holds it."""
+    """What pyfuse3 needs of ``trio.Lock``, but not fair: releasing it makes one waiting task ready
+    to try, and does not hand it over. So a task whose requests need no waiting takes it again and
+    again without a round of the event loop; once it waits for anything, the other is there."""
 
     def __init__(self) -> None:
-        self._lock = trio.Lock()
+        self._held = False
+        self._waiting = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> None:
-        try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self._lock.acquire()
+        while self._held:
+            await self._waiting.park()
+        self._held = True
 
     async def __aexit__(
         self,
@@ -53,7 +55,9 @@ class _Lock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._lock.release()
+        self._held = False
+        if self._waiting:
+            self._waiting.unpark()
 
 
 class _HotWait:
