@@ -14,11 +14,11 @@ import select
 import time
 from typing import Final
 
-SPIN_S: Final = 0.000_1
+SPIN_S: Final = 0.000_3
 """How long to look."""
-LONG_YIELD_S: Final = 0.000_1
+LONG_YIELD_S: Final = 0.001
 """A yield that took longer went to another program (or to a peer that has much to do)."""
-SKIPPED_WHEN_LATE: Final = 8
+SKIPPED_WHEN_LATE: Final = 2
 """Waits without looking after one in which the peer was not ready in time."""
 SKIPPED_WHEN_CONTENDED_MAX: Final = 512
 """Most waits without looking after a long yield: four times as many from one to the next."""
