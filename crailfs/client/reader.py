@@ -57,6 +57,7 @@ class Reader:
         Raises ``ChecksumError`` or ``BlockLostError`` if no fresh map has good bytes either.
         """
         refreshed = False
+        started_s = trio.current_time()
         for _ in range(_FRESH_ATTEMPTS_MAX):
             blocks = await self.blocks(state, offset, byte_count)
             attributes = state.node.attributes
@@ -71,7 +72,8 @@ class Reader:
             try:
                 data = await self._read(state, blocks, pending, offset, count)
             except (ChecksumError, BlockLostError, UnavailableError) as error:
-                if refreshed:
+                elapsed_s = trio.current_time() - started_s
+                if refreshed or elapsed_s > self._session.operation_timeout_s / 2:
                     raise
                 log.warning("inode %d: reading with a fresh map after: %s", state.ino, error)
                 refreshed = True

@@ -79,6 +79,11 @@ class Session:
             on_disconnected=self._disconnected,
         )
 
+    @property
+    def operation_timeout_s(self) -> float:
+        """How long an operation may wait for servers before it is an error."""
+        return self._config.operation_timeout_ms / 1000
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the session until cancelled."""
         task_status.started()

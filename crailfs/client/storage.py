@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import trio
 
 from crailfs import transports
 from crailfs.config import ClientConfig
 from crailfs.errors import BlockLostError, UnavailableError
+from crailfs.records import StorageServerInfo
 from crailfs.transports import Transport
 from crailfs.wire.messages import ClusterMap
 
 log = logging.getLogger(__name__)
+
+_RETRY_MIN_SECONDS: Final = 0.05
+_RETRY_MAX_SECONDS: Final = 1.0
 
 
 class StorageAccess:
@@ -72,32 +78,53 @@ class StorageAccess:
             await transport.close()
 
     async def _connect(self, region: int) -> Transport:
-        server_id = await self._server_of(region)
-        async with self._locks.setdefault(server_id, trio.Lock()):
-            transport = self._by_server.get(server_id)
-            if transport is None:
-                transport = await self._reach(server_id)
-                self._by_server[server_id] = transport
-                self.any_remote = any(t.name != "local" for t in self._by_server.values())
-            self._by_region[region] = transport
-            return transport
+        timeout_ms = self._config.operation_timeout_ms
+        failures: list[UnavailableError] = []
+        with trio.move_on_after(timeout_ms / 1000):
+            server_id = await self._server_of(region)
+            async with self._locks.setdefault(server_id, trio.Lock()):
+                transport = self._by_server.get(server_id)
+                if transport is None:
+                    transport = await self._reach(server_id, failures)
+                    self._by_server[server_id] = transport
+                    self.any_remote = any(t.name != "local" for t in self._by_server.values())
+                self._by_region[region] = transport
+                return transport
+        if failures:
+            raise failures[-1]
+        raise UnavailableError(
+            f"the storage server of region {region} was not reached within {timeout_ms} ms: check "
+            "that it runs"
+        )
 
-    async def _reach(self, server_id: bytes) -> Transport:
-        try:
-            return await self._reach_known(server_id)
-        except UnavailableError as error:
-            log.debug("asking anew where storage server %s is: %s", server_id.hex(), error)
+    async def _reach(self, server_id: bytes, failures: list[UnavailableError]) -> Transport:
+        """Try until it works or the caller gives up; why it did not work goes to ``failures``."""
+        delay_s = _RETRY_MIN_SECONDS
+        while True:
+            server = await self._locate(server_id)
+            locate = functools.partial(self._locate, server_id, fresh=True)
+            try:
+                transport = await transports.connect(
+                    server, self._config, self._client_id(), self._nursery, locate
+                )
+            except UnavailableError as error:
+                log.debug("asking anew where storage server %s is: %s", server_id.hex(), error)
+                failures.append(error)
+                self._map = None
+            else:
+                log.info("storage server %s (%s): %s", server_id.hex(), server.host, transport.name)
+                return transport
+            await trio.sleep(delay_s)
+            delay_s = min(2 * delay_s, _RETRY_MAX_SECONDS)
+
+    async def _locate(self, server_id: bytes, *, fresh: bool = False) -> StorageServerInfo:
+        """Where the server is, as the metadata server knows it. Raises ``BlockLostError``."""
+        if fresh:
             self._map = None
-            return await self._reach_known(server_id)
-
-    async def _reach_known(self, server_id: bytes) -> Transport:
-        servers = {server.id: server for server in (await self._cluster_map()).servers}
-        server = servers.get(server_id)
-        if server is None:
-            raise BlockLostError(f"storage server {server_id.hex()} is no longer in the cluster")
-        transport = await transports.connect(server, self._config, self._client_id(), self._nursery)
-        log.info("storage server %s (%s): %s", server_id.hex(), server.host, transport.name)
-        return transport
+        for server in (await self._cluster_map()).servers:
+            if server.id == server_id:
+                return server
+        raise BlockLostError(f"storage server {server_id.hex()} is no longer in the cluster")
 
     async def _server_of(self, region: int) -> bytes:
         for fresh in (False, True):

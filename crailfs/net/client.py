@@ -39,6 +39,7 @@ CHECKPOINT_INTERVAL_S: Final = 0.002
 """How long a caller whose replies come at once keeps the other tasks waiting."""
 RECONNECT_DELAY_GROWTH: Final = 1.5
 """A server that starts is found at most half as late as it took to start."""
+LOCATE_TIMEOUT_S: Final = 1.0
 STABLE_CONNECTION_S: Final = 1.0
 """After a connection that lived this long the next attempt begins with the shortest delay."""
 
@@ -56,6 +57,7 @@ class RpcClient:
         on_push: PushHandler | None = None,
         on_connected: Callable[[Welcome, Challenge], Awaitable[None]] | None = None,
         on_disconnected: Callable[[], None] | None = None,
+        locate: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
         """``address`` is ``unix:/path`` or ``host:port``. Raises ``ConfigurationError``.
 
@@ -63,6 +65,8 @@ class RpcClient:
         before a push have been returned to their callers when it begins. ``on_connected`` runs
         after each handshake, beside the calls that are sent again; a ``CrailError`` from it ends
         that connection. ``on_disconnected`` is called when a connection that was made has ended.
+        ``locate`` is asked for the server's address after each attempt that failed: a server that
+        comes back may be somewhere else. A ``CrailError`` from it leaves the address as it is.
         """
         check_credentials(credentials, cluster_id_required=False)
         self._address = parse_address(address)
@@ -72,6 +76,7 @@ class RpcClient:
         self._on_push = on_push
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
+        self._locate = locate
         self._session: Session | None = None
         self._pending: dict[int, Call] = {}
         """Calls without an answer, by request id, in the order of their ids."""
@@ -209,6 +214,7 @@ class RpcClient:
         delay_ms: float = RECONNECT_DELAY_MIN_MS
         while True:
             began_s = time.monotonic()
+            was_connected = False
             try:
                 with trio.fail_after(CONNECT_TIMEOUT_MS / 1000):
                     link, challenge, welcome = await self._connect()
@@ -222,6 +228,7 @@ class RpcClient:
                     self._refused(error)
             else:
                 self._refusal = None
+                was_connected = True
                 try:
                     await self._serve(link, challenge, welcome)
                 finally:
@@ -230,6 +237,16 @@ class RpcClient:
                 delay_ms = RECONNECT_DELAY_MIN_MS
             await trio.sleep(delay_ms / 1000 * random.uniform(0.5, 1.0))
             delay_ms = min(delay_ms * RECONNECT_DELAY_GROWTH, RECONNECT_DELAY_MAX_MS)
+            if not was_connected and self._locate is not None:
+                await self._look_for_server(self._locate)
+
+    async def _look_for_server(self, locate: Callable[[], Awaitable[str]]) -> None:
+        """Not for long: whoever knows may be away too, while the server is back where it was."""
+        with trio.move_on_after(LOCATE_TIMEOUT_S):
+            try:
+                self._address = parse_address(await locate())
+            except CrailError as error:
+                log.debug("where %s is now is not known: %s", self._address, error)
 
     async def _connect(self) -> tuple[Link, Challenge, Welcome]:
         link = Link(await connect_socket(self._address))

@@ -7,6 +7,7 @@ server passed over its Unix socket. ``tcp`` asks the server for every read and w
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -56,11 +57,16 @@ class Transport(Protocol):
 
 
 async def connect(
-    server: StorageServerInfo, config: ClientConfig, client_id: int, nursery: trio.Nursery
+    server: StorageServerInfo,
+    config: ClientConfig,
+    client_id: int,
+    nursery: trio.Nursery,
+    locate: Callable[[], Awaitable[StorageServerInfo]] | None = None,
 ) -> Transport:
     """The first of ``config.transports`` that works; its background tasks run in ``nursery``.
 
-    ``local`` is only tried on the server's own host, known by the kernel's boot id. Raises
+    ``local`` is only tried on the server's own host, known by the kernel's boot id. ``locate`` is
+    asked where the server is when a connection to it cannot be made again. Raises
     ``UnavailableError``, which names each transport and why it cannot be used, and ``FencedError``
     if the client lost its session: it must begin another one under a new id.
     """
@@ -74,7 +80,7 @@ async def connect(
                 failures.append(f"local: {reason}")
             elif name == "tcp":
                 if server.tcp_port:
-                    return await TcpTransport.connect(server, config, client_id, nursery)
+                    return await TcpTransport.connect(server, config, client_id, nursery, locate)
                 failures.append("tcp: the server does not listen on it")
             else:
                 raise ConfigurationError(

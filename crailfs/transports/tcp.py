@@ -51,17 +51,25 @@ class TcpTransport:
 
     @classmethod
     async def connect(
-        cls, server: StorageServerInfo, config: ClientConfig, client_id: int, nursery: trio.Nursery
+        cls,
+        server: StorageServerInfo,
+        config: ClientConfig,
+        client_id: int,
+        nursery: trio.Nursery,
+        locate: Callable[[], Awaitable[StorageServerInfo]] | None = None,
     ) -> TcpTransport:
         """Connect to ``server``; the connection lives in ``nursery`` until ``close``.
+
+        ``locate`` is asked where the server is when it is no longer where it was.
 
         Raises ``UnavailableError`` and what the server answers.
         """
         client = RpcClient(
-            f"{server.tcp_host}:{server.tcp_port}",
+            _address(server),
             config.credentials,
             role=Role.CLIENT,
             client_id=client_id,
+            locate=None if locate is None else partial(_locate_address, locate),
         )
         transport = cls(client, config.operation_timeout_ms)
         nursery.start_soon(transport._run)
@@ -158,3 +166,11 @@ class TcpTransport:
                 nursery.start_soon(work, nursery.cancel_scope)
         if failures:
             raise failures[0]
+
+
+async def _locate_address(locate: Callable[[], Awaitable[StorageServerInfo]]) -> str:
+    return _address(await locate())
+
+
+def _address(server: StorageServerInfo) -> str:
+    return f"{server.tcp_host}:{server.tcp_port}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from crailfs.client.filesystem import FileSystem
 from crailfs.errors import FencedError, UnavailableError
@@ -66,6 +67,48 @@ async def test_storage_server_restarts(tmp_path: Path, transport: str) -> None:
         await file.write(6 * BLOCK, b"after" * BLOCK)
         await file.close()
         assert await content(await open_by_name(client)) == b"before" * BLOCK + b"after" * BLOCK
+
+
+async def test_a_storage_server_is_found_where_it_comes_back(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster, cluster.client("tcp") as client:
+        file = await create(client)
+        await file.write(0, b"before" * BLOCK)
+        await file.flush()
+        for _ in range(2):
+            await cluster.storage.stop()
+            anywhere = ("127.0.0.1:0",)
+            old = cluster.storage_config.listen
+            cluster.storage_config = replace(cluster.storage_config, listen=anywhere)
+            await cluster.start_storage()
+            assert cluster.storage_config.listen[0] not in old
+            with trio.fail_after(5):
+                await file.write(6 * BLOCK, b"after" * BLOCK)
+                await file.flush()
+                assert await content(file) == b"before" * BLOCK + b"after" * BLOCK
+        await file.close()
+
+
+async def test_no_storage_server_is_an_error_within_the_deadline(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        config = cluster.client_config("tcp", operation_timeout_ms=500)
+        async with FileSystem.connect(config) as client:
+            file = await create(client)
+            await file.write(0, b"data")
+            await file.flush()
+            await cluster.storage.stop()
+
+            async def read() -> None:
+                with pytest.raises(UnavailableError):
+                    await content(file)
+
+            for _ in range(2):  # over the old connection, then by a new one
+                with trio.fail_after(1.0):
+                    async with trio.open_nursery() as readers:
+                        for _ in range(4):
+                            readers.start_soon(read)
+            await cluster.start_storage()
+            assert await content(file) == b"data"
+            await file.close()
 
 
 async def test_no_metadata_server_is_an_error_within_the_deadline(tmp_path: Path) -> None:
