@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
+from crailfs.config import ClientConfig
+from crailfs.config_file import Settings
+from crailfs.limits import OPERATION_TIMEOUT_MS
 from crailfs.units import MIB
 from tests.support.mounts import guarded, unmount
 from tests.support.processes import ServerProcess, run_crail, wait_until
@@ -35,7 +40,7 @@ path = "{state}/disk.region"
 size = {disk_bytes}
 
 [client]
-transports = [{transports}]
+operation_timeout_ms = {operation_timeout_ms}
 
 [mount]
 mountpoint = "{mountpoint}"
@@ -50,10 +55,15 @@ class ProcessCluster:
         self.configuration = configuration
         self.mountpoint = mountpoint
         self.running: dict[str, ServerProcess] = {}
+        self._transports = ""
 
-    def start(self, name: str) -> ServerProcess:
-        """Start a part and wait until it is ready."""
+    def start(self, name: str, *settings: str) -> ServerProcess:
+        """Start a part and wait until it is ready; ``settings`` are ``section.key=value``."""
         arguments = [name, "--config", str(self.configuration)]
+        if name == "mount":
+            settings = (f"client.transports={self._transports}", *settings)
+        for setting in settings:
+            arguments += ["--set", setting]
         process = ServerProcess(arguments, self.state / f"{name}.log")
         self.running[name] = process
         return process
@@ -66,6 +76,13 @@ class ProcessCluster:
                 lambda: not self.mountpoint.is_mount(), "the watchdog unmounted", timeout_s=20
             )
 
+    def mount_with(self, *transports: str) -> None:
+        """Mount anew, with a client that uses these transports."""
+        if "mount" in self.running:
+            self.running.pop("mount").stop()
+        self._transports = ",".join(transports)
+        self.start("mount")
+
     def restart(self, name: str) -> None:
         self.kill(name)
         self.start(name)
@@ -75,10 +92,30 @@ class ProcessCluster:
             if name in self.running:
                 self.running.pop(name).stop()
 
-    def audit(self) -> None:
-        """``crail fsck`` finds no broken invariant."""
-        done = run_crail("fsck", "--config", str(self.configuration), timeout_s=60)
+    def client_config(self, *transports: str) -> ClientConfig:
+        """For a client of the test's own."""
+        names = ",".join(transports or ("local", "tcp"))
+        return Settings.load(self.configuration, [f"client.transports={names}"]).client()
+
+    def audit(self, *, data: bool = False) -> None:
+        """``crail fsck`` finds no broken invariant, with ``data`` no wrong byte either."""
+        options = ["--data"] if data else []
+        done = self.crail("fsck", *options, timeout_s=60)
         assert done.returncode == 0, f"crail fsck: {done.stdout}{done.stderr}"
+
+    def used_bytes(self) -> int:
+        """Of all tiers, as ``crail status`` shows it: files, grants and what awaits reclaim."""
+        done = self.crail("status", "--json")
+        assert done.returncode == 0, done.stderr
+        return sum(tier["used_bytes"] for tier in json.loads(done.stdout)["tiers"])
+
+    def crail(
+        self, command: str, *arguments: str, timeout_s: float = 30.0
+    ) -> CompletedProcess[str]:
+        """Run a command about this cluster to its end."""
+        return run_crail(
+            command, *arguments, "--config", str(self.configuration), timeout_s=timeout_s
+        )
 
     def logs(self) -> str:
         parts = sorted(self.state.glob("*.log"))
@@ -89,9 +126,10 @@ class ProcessCluster:
 def process_cluster(
     base: Path,
     *,
+    transports: tuple[str, ...] = ("local", "tcp"),
     memory_bytes: int = 128 * MIB,
     disk_bytes: int = 128 * MIB,
-    transports: tuple[str, ...] = ("local", "tcp"),
+    operation_timeout_ms: int = OPERATION_TIMEOUT_MS,
     mount: bool = True,
 ) -> Iterator[ProcessCluster]:
     """Everything started; at the end audited, stopped, and its memory file removed."""
@@ -111,7 +149,7 @@ def process_cluster(
             memory_bytes=memory_bytes,
             disk_bytes=disk_bytes,
             mountpoint=mountpoint,
-            transports=", ".join(f'"{name}"' for name in transports),
+            operation_timeout_ms=operation_timeout_ms,
         )
     )
     cluster = ProcessCluster(state, configuration, mountpoint)
@@ -124,7 +162,7 @@ def process_cluster(
         cluster.start("metadata")
         cluster.start("storage")
         if mount:
-            cluster.start("mount")
+            cluster.mount_with(*transports)
         try:
             yield cluster
             cluster.audit()
