@@ -326,7 +326,9 @@ class Operations(pyfuse3.Operations):
         version = file.attributes.data_version
         fresh = self._page_cache_version.get(ino) == version
         self._page_cache_version[ino] = version
-        return FileInfo(fh=self._files.add(handle), keep_cache=fresh)
+        # Who only writes needs no second copy in the page cache; the kernel drops what it replaces.
+        write_only = flags & os.O_ACCMODE == os.O_WRONLY
+        return FileInfo(fh=self._files.add(handle), keep_cache=fresh, direct_io=write_only)
 
     @_answers_errno
     async def open(self, ino: int, flags: int, ctx: RequestContext) -> FileInfo:
