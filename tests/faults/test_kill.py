@@ -87,7 +87,8 @@ def test_mount_killed_under_load(tmp_path: Path) -> None:
                 load.remove_all()
                 load.directory.mkdir()
         cluster.running.pop("mount").stop()
-        wait_until(lambda: cluster.used_bytes() == 0, "dead clients' blocks are free", 60)
+        wait_until(lambda: cluster.used_bytes() == 0, "the dead clients' sessions ended", 60)
+        wait_until(lambda: cluster.reclaim_blocks() == 0, "the dead clients are fenced")
 
 
 def _pause(choose: random.Random) -> None:

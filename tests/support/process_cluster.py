@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,11 @@ class ProcessCluster:
         names = ",".join(transports or ("local", "tcp"))
         return Settings.load(self.configuration, [f"client.transports={names}"]).client()
 
+    def reclaim_blocks(self) -> int:
+        """Blocks that clients which are gone may still be able to write to."""
+        found = re.search(r"\breclaim_blocks (\d+)", self.crail("fsck").stdout)
+        return int(found[1]) if found else 0
+
     def audit(self, *, data: bool = False) -> None:
         """``crail fsck`` finds no broken invariant, with ``data`` no wrong byte either."""
         options = ["--data"] if data else []
@@ -104,10 +110,13 @@ class ProcessCluster:
         assert done.returncode == 0, f"crail fsck: {done.stdout}{done.stderr}"
 
     def used_bytes(self) -> int:
-        """Of all tiers, as ``crail status`` shows it: files, grants and what awaits reclaim."""
+        """Of all tiers, as ``crail status`` shows it: files and grants."""
         done = self.crail("status", "--json")
         assert done.returncode == 0, done.stderr
         return sum(tier["used_bytes"] for tier in json.loads(done.stdout)["tiers"])
+
+    def umount(self) -> CompletedProcess[str]:
+        return run_crail("umount", str(self.mountpoint), timeout_s=60)
 
     def crail(
         self, command: str, *arguments: str, timeout_s: float = 30.0
@@ -116,6 +125,9 @@ class ProcessCluster:
         return run_crail(
             command, *arguments, "--config", str(self.configuration), timeout_s=timeout_s
         )
+
+    def log(self, name: str) -> str:
+        return (self.state / f"{name}.log").read_text(errors="replace")
 
     def logs(self) -> str:
         parts = sorted(self.state.glob("*.log"))
