@@ -140,8 +140,14 @@ class Driver:
             raise
 
     def audit(self) -> AuditReply:
-        """Check every invariant of ``schema.py`` over all tables."""
-        return audit.audit(self._txn)
+        """Check every invariant of ``schema.py`` over all tables.
+
+        DamagedError: a row cannot be read, or is not what was written.
+        """
+        try:
+            return audit.audit(self._txn)
+        except lmdb.Error as error:
+            raise _damaged(error) from error
 
     def _holders_for(self, client_id: int) -> Callable[[int], frozenset[int]]:
         return partial(self._holders, client_id)
@@ -248,10 +254,7 @@ class Driver:
         self._reload()
         if isinstance(error, lmdb.MapFullError | lmdb.DiskError):
             return NoSpaceError(f"the metadata server's database cannot grow: {error}")
-        return DamagedError(
-            f"the metadata server's database cannot be used: {error}. Stop the server and run "
-            f"'crail fsck'"
-        )
+        return _damaged(error)
 
     def _reload(self) -> None:
         """Begin anew from LMDB's last commit: the journal, then what is not yet in it."""
@@ -259,6 +262,13 @@ class Driver:
         self._txn.attach(self._state.begin())
         apply_journal(self._state.journal, self._txn)
         self._txn.reapply()
+
+
+def _damaged(error: lmdb.Error) -> DamagedError:
+    return DamagedError(
+        f"the metadata server's database is damaged: {error}. Stop the server and restore its "
+        "state directory from a backup; 'crail fsck' shows what a restored one holds"
+    )
 
 
 def _decode_reply(stored: bytes, opcode: Opcode, request_id: int) -> Record | CrailError:

@@ -3,7 +3,8 @@
 LMDB maps its file and trusts it: a page that is missing ends the process by a signal, a page that
 is wrong may too. This walks from the newest meta page over every page that the database uses and
 checks that it is there, is the page it says it is, and that each table has as many rows as its
-root says. LMDB keeps no checksums, so a value that was changed in place is not found here.
+root says. LMDB keeps no checksums: a value that was changed in place is not found here, but when
+it is read (see ``txn.py``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _BRANCH, _LEAF, _OVERFLOW = 0x01, 0x02, 0x04
 _BIG_DATA, _SUB_DATABASE = 0x01, 0x02
 _NO_PAGE = (1 << 64) - 1
 _META_PAGES = 2
+_MAIN = "main"
 
 
 class _Meta(NamedTuple):
@@ -90,7 +92,7 @@ class _Walk:
 
     def run(self, meta: _Meta) -> None:
         self._tree("free list", meta.free_root)
-        for name, root in self._tree("main", meta.main_root):
+        for name, root in self._tree(_MAIN, meta.main_root):
             self._tree(name, root)
 
     def _tree(self, name: str, root: bytes) -> list[tuple[str, bytes]]:
@@ -122,12 +124,14 @@ class _Walk:
     ) -> None:
         """A row that is kept on pages of its own, or that is the root of another tree."""
         data_at = key_at + key_bytes
-        if flags & _BIG_DATA:
+        if flags == _BIG_DATA:
             (page,) = _PAGE_NUMBER.unpack_from(self._mapping, data_at)
             self._check_overflow(name, page)
-        elif flags & _SUB_DATABASE:
+        elif flags == _SUB_DATABASE and name == _MAIN:
             table = self._mapping[key_at:data_at].decode("ascii", "replace")
             below.append((table, self._mapping[data_at : data_at + _ROOT.size]))
+        else:
+            raise _damaged(self._path, f"table {name!r} has a row of an unknown kind")
 
     def _page(self, name: str, page: int, kind: int) -> tuple[int, tuple[int, ...]]:
         """The offset of a tree's page and, relative to it, those of its nodes."""
@@ -135,7 +139,7 @@ class _Walk:
         if not _META_PAGES <= page < self._page_count:
             raise _damaged(self._path, f"page {page} of table {name!r} is beyond the file's end")
         number, _, flags, lower, upper = _PAGE_HEADER.unpack_from(self._mapping, offset)
-        if number != page or flags & (_BRANCH | _LEAF | _OVERFLOW) != kind:
+        if number != page or flags != kind:
             raise _damaged(self._path, f"page {page} of table {name!r} is another one")
         if not _PAGE_HEADER.size <= lower <= upper <= self._page_bytes:
             raise _damaged(self._path, f"page {page} of table {name!r} has a bad header")
@@ -151,7 +155,7 @@ class _Walk:
         number, _, flags, count = _OVERFLOW_HEADER.unpack_from(
             self._mapping, page * self._page_bytes
         )
-        if number != page or not flags & _OVERFLOW or page + count > self._page_count:
+        if number != page or flags != _OVERFLOW or page + count > self._page_count:
             raise _damaged(self._path, f"page {page} of table {name!r} is another one")
 
 

@@ -3,6 +3,9 @@
 ``Txn`` outlives the LMDB transaction beneath it: a checkpoint commits that one and attaches the
 next. It remembers each operation's changes twice over, with the new value for the journal and with
 the old value to take the operation back.
+
+In LMDB, which has no checksums, each value is followed by one over its table, key and bytes: a row
+that is not what was written is an error, never a value. All access to LMDB's rows is here.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import lmdb
+from xxhash import xxh3_64_digest
 
 from crailfs.errors import DamagedError, StaleError
 from crailfs.records import Attributes
@@ -31,6 +35,24 @@ class Change(NamedTuple):
 
 TABLE_NUMBERS = {table: number for number, table in enumerate(schema.TABLES)}
 _STATE_NUMBER = TABLE_NUMBERS[schema.STATE]
+_CHECKSUM_BYTES = 8
+
+
+def _seal(table: int, key: bytes, value: bytes) -> bytes:
+    """What is stored for the value."""
+    return value + xxh3_64_digest(key + value, table)
+
+
+def _unseal(table: int, key: bytes, stored: bytes) -> bytes:
+    """The value that was stored; DamagedError if it is another one."""
+    value = stored[:-_CHECKSUM_BYTES]
+    if stored[-_CHECKSUM_BYTES:] != xxh3_64_digest(key + value, table):
+        raise DamagedError(
+            f"the metadata server's database is damaged: row {key.hex()} of table "
+            f"{schema.TABLES[table].decode()} is not what was written. Stop the server and restore "
+            "its state directory from a backup; 'crail fsck' shows what a restored one holds"
+        )
+    return value
 
 
 class Txn:
@@ -49,30 +71,34 @@ class Txn:
 
     def get(self, table: bytes, key: bytes) -> bytes | None:
         """The row's value, or None."""
-        value: bytes | None = self._get(key, None, self._handles[table])
-        return value
+        stored = self._get(key, None, self._handles[table])
+        return None if stored is None else _unseal(TABLE_NUMBERS[table], key, stored)
 
     def put(self, table: bytes, key: bytes, value: bytes) -> None:
         """Insert the row or replace it."""
-        handle = self._handles[table]
-        old = self._get(key, None, handle)
+        number = TABLE_NUMBERS[table]
+        old = self.get(table, key)
         if old == value:
             return
-        self._put(key, value, True, True, False, handle)
-        self._changes.append(Change(TABLE_NUMBERS[table], key, value, old))
+        self._write(number, key, value)
+        self._changes.append(Change(number, key, value, old))
 
     def append(self, table: bytes, key: bytes, value: bytes) -> None:
         """Insert a row whose key is greater than every other of the table: fills its pages."""
-        if not self._put(key, value, True, True, True, self._handles[table]):
+        number = TABLE_NUMBERS[table]
+        sealed = _seal(number, key, value)
+        if not self._put(key, sealed, True, True, True, self._handles[table]):
             raise ValueError(f"{table.decode()}: {key.hex()} is not behind the last key")
-        self._changes.append(Change(TABLE_NUMBERS[table], key, value, None))
+        self._changes.append(Change(number, key, value, None))
 
     def delete(self, table: bytes, key: bytes) -> bool:
         """Remove the row; False if there was none."""
-        old = self._pop(key, self._handles[table])
+        old = self.get(table, key)
         if old is None:
             return False
-        self._changes.append(Change(TABLE_NUMBERS[table], key, None, old))
+        number = TABLE_NUMBERS[table]
+        self._write(number, key, None)
+        self._changes.append(Change(number, key, None, old))
         return True
 
     def scan(
@@ -85,34 +111,33 @@ class Txn:
         cursor = self._transaction.cursor(self._handles[table])
         if not cursor.set_range(start):
             return
-        if end is None:
-            yield from cursor
-            return
-        for key, value in cursor:
-            if key >= end:
+        number = TABLE_NUMBERS[table]
+        for key, stored in cursor:
+            if end is not None and key >= end:
                 return
-            yield key, value
+            yield key, _unseal(number, key, stored)
 
     def scan_prefix(self, table: bytes, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Rows whose key begins with ``prefix``, in order of key; as careful as ``scan``."""
         cursor = self._transaction.cursor(self._handles[table])
         if not cursor.set_range(prefix):
             return
-        for key, value in cursor:
+        number = TABLE_NUMBERS[table]
+        for key, stored in cursor:
             if not key.startswith(prefix):
                 return
-            yield key, value
+            yield key, _unseal(number, key, stored)
 
     def last_before(self, table: bytes, key: bytes) -> tuple[bytes, bytes] | None:
         """The row with the greatest key that is less than ``key``."""
         cursor = self._transaction.cursor(self._handles[table])
         found = cursor.prev() if cursor.set_range(key) else cursor.last()
-        return cursor.item() if found else None
+        return _item(table, cursor) if found else None
 
     def last(self, table: bytes) -> tuple[bytes, bytes] | None:
         """The row with the greatest key."""
         cursor = self._transaction.cursor(self._handles[table])
-        return cursor.item() if cursor.last() else None
+        return _item(table, cursor) if cursor.last() else None
 
     def row_count(self, table: bytes) -> int:
         count: int = self._transaction.stat(self._handles[table])["entries"]
@@ -122,14 +147,14 @@ class Txn:
 
     def node(self, ino: int) -> Attributes:
         """The node's attributes; StaleError if it is gone (inode numbers are never reused)."""
-        value = self._get(schema.node_key(ino), None, self._handles[schema.NODES])
+        value = self.get(schema.NODES, schema.node_key(ino))
         if value is None:
             raise StaleError(f"inode {ino} no longer exists")
         return schema.decode_attributes(value)
 
     def find_node(self, ino: int) -> Attributes | None:
         """As ``node``, with None for a node that is gone."""
-        value = self._get(schema.node_key(ino), None, self._handles[schema.NODES])
+        value = self.get(schema.NODES, schema.node_key(ino))
         return None if value is None else schema.decode_attributes(value)
 
     def put_node(self, attributes: Attributes) -> None:
@@ -137,12 +162,12 @@ class Txn:
 
     def entry(self, parent: int, name: bytes) -> int | None:
         """The inode that ``name`` in ``parent`` points to, or None."""
-        value = self._get(schema.entry_key(parent, name), None, self._handles[schema.ENTRIES])
+        value = self.get(schema.ENTRIES, schema.entry_key(parent, name))
         return None if value is None else schema.unpack_u64(value)
 
     def state(self, name: bytes) -> Any:
         """A scalar of the ``state`` table (see ``schema.STATE_KEYS`` for its type)."""
-        value = self._get(name, None, self._handles[schema.STATE])
+        value = self.get(schema.STATE, name)
         if value is None:
             raise DamagedError(
                 f"the name space has no {name.decode()!r} in its state table: restore the metadata "
@@ -217,4 +242,10 @@ class Txn:
         if value is None:
             self._pop(key, self._ordered_handles[table])
         else:
-            self._put(key, value, True, True, False, self._ordered_handles[table])
+            stored = _seal(table, key, value)
+            self._put(key, stored, True, True, False, self._ordered_handles[table])
+
+
+def _item(table: bytes, cursor: Any) -> tuple[bytes, bytes]:
+    key, stored = cursor.item()
+    return key, _unseal(TABLE_NUMBERS[table], key, stored)

@@ -80,7 +80,8 @@ def _shifted(page: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [_zero, _random, _shifted])
 def test_pages_that_are_not_what_they_were(state: Path, damage: Callable[[bytes], bytes]) -> None:
-    """Each page in turn: the server refuses, or the page was not in use and nothing is missing."""
+    """Each page in turn: the server refuses to start, or to use a row that is not what was
+    written, or the page was not in use and nothing is missing."""
     database = state / "lmdb" / "data.mdb"
     whole = database.read_bytes()
     journal = (state / "journal").read_bytes()
@@ -94,10 +95,43 @@ def test_pages_that_are_not_what_they_were(state: Path, damage: Callable[[bytes]
         except DamagedError:
             refused += 1
         else:
-            assert driver.audit().findings == ()
-            assert driver.audit().counts["file_nodes"] == 600
+            try:
+                found = driver.audit()
+                assert found.findings == ()
+                assert found.counts["file_nodes"] == 600
+            except DamagedError:
+                refused += 1
             driver.close()
     assert refused > 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_flipped_bytes_are_never_served(state: Path, seed: int) -> None:
+    """Values too are checked: whatever can still be read is what was written."""
+    database = state / "lmdb" / "data.mdb"
+    whole = database.read_bytes()
+    journal = (state / "journal").read_bytes()
+    choose = random.Random(seed)
+    refused = 0
+    for _ in range(20):
+        damaged = bytearray(whole)
+        for _ in range(choose.choice((1, 8, 64))):
+            damaged[choose.randrange(len(damaged))] ^= 1 << choose.randrange(8)
+        database.write_bytes(damaged)
+        (state / "journal").write_bytes(journal)
+        try:
+            driver = Driver.open(config(state))
+        except DamagedError:
+            refused += 1
+            continue
+        try:
+            found = driver.audit()
+            assert found.findings == ()
+            assert found.counts["file_nodes"] == 600
+        except DamagedError:
+            refused += 1
+        driver.close()
+    assert refused > 5
 
 
 def test_missing_parts(state: Path) -> None:
