@@ -190,7 +190,6 @@ class _Demo:
             "check-records",
             specification.output_directory,
         )
-        shutil.rmtree(specification.output_directory)
         return _Run(result, digest, peak_bytes)
 
     def _client_config(self, place: str) -> ClientConfig | None:
@@ -259,8 +258,8 @@ class _Demo:
         print(
             f"Both answers are equal on {_MOUNT} and on {_LOCAL}: TeraSort's output has every "
             "record, in order; query 77's is also DuckDB's.\n"
-            "Times are the jobs' own, without Spark's start; input and output lie on the local disk "
-            "in both runs, and spark.local.dir is all that differs."
+            "Times are the jobs' own, without Spark's start; input and output lie on the local "
+            "disk in both runs, and spark.local.dir is all that differs."
         )
 
 
