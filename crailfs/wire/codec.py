@@ -90,7 +90,7 @@ def decode_error(code: int, body: bytes | bytearray) -> CrailError:
     """The error that an error frame carries. Raises ``ProtocolError`` if its text is not one."""
     try:
         text = _decode_text(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"error frame {code} without a text: {error}") from error
     return error_from_wire(code, text)
 
@@ -100,7 +100,7 @@ def _decode(
 ) -> Any:
     try:
         return decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"{opcode.name} {what} of another shape: {error}") from error
     except RecursionError as error:
         raise ProtocolError(f"{opcode.name} {what} is nested too deeply") from error

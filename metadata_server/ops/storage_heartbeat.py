@@ -8,11 +8,14 @@ from crailfs.errors import InvalidError
 from crailfs.wire.messages import HeartbeatReply, RegionState, StorageHeartbeat
 from metadata_server import free_space, schema, sessions, space
 from metadata_server.context import Context
+from metadata_server.ops.register_storage import ID_BYTES
 from metadata_server.schema import StoredRegion
 from metadata_server.txn import Txn
 
 
 def run(txn: Txn, request: StorageHeartbeat, context: Context) -> HeartbeatReply:
+    if len(request.server_id) != ID_BYTES:
+        raise InvalidError(f"ids of storage servers are {ID_BYTES} bytes")
     server = txn.get(schema.SERVERS, request.server_id)
     if server is None or not schema.decode_server(server).info.alive:
         return HeartbeatReply(known=False, fence=(), high_water_blocks=())

@@ -197,3 +197,9 @@ def test_more_usable_blocks_than_blocks_are_refused(space: NameSpace) -> None:
     (region_id,) = register(space, region(b"a")).region_ids
     with pytest.raises(InvalidError):
         heartbeat(space, region_id, 101)
+
+
+@pytest.mark.parametrize("server_id", [b"", b"short", bytes(600)])
+def test_heartbeats_of_impossible_servers_are_refused(space: NameSpace, server_id: bytes) -> None:
+    with pytest.raises(InvalidError):
+        space.do(Opcode.STORAGE_HEARTBEAT, StorageHeartbeat(server_id, (), ()))

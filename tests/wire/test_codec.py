@@ -20,7 +20,7 @@ from crailfs.errors import (
     NotFoundError,
     ProtocolError,
 )
-from crailfs.records import Location, NodeKind, Run
+from crailfs.records import ANY_TIER, Location, NodeKind, Run
 from crailfs.wire import messages as m
 from crailfs.wire.checks import check_request
 from crailfs.wire.codec import (
@@ -259,6 +259,15 @@ def test_an_unknown_error_code_is_named() -> None:
 def test_an_error_without_a_text_is_a_protocol_error(body: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode_error(3, body)
+
+
+def test_text_that_is_not_utf8_is_a_protocol_error() -> None:
+    request = m.GrantBlocks(ANY_TIER, "rack-1", "host", 1, 1)
+    body = msgspec.msgpack.encode(request).replace(b"rack-1", b"rack-\xff")
+    with pytest.raises(ProtocolError, match="GRANT_BLOCKS"):
+        decode_request(Opcode.GRANT_BLOCKS, body)
+    with pytest.raises(ProtocolError):
+        decode_error(5, b"\xa1\xff")
 
 
 def test_opcodes_are_found_by_number() -> None:
