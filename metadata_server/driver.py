@@ -67,6 +67,8 @@ class Driver:
         self._txn = Txn(state.handles, state.begin())
         self._last_checkpoint_ns = clock_ns()
         self._closed = False
+        self._is_stuck = False
+        """Neither journal nor LMDB could be written: what is in memory alone is to be dropped."""
         self.holders: Callable[[int, int], frozenset[int]] = _nobody
         """(inode, asking client) -> the other clients that hold a lease on it."""
         self.cluster_id: bytes = self._txn.state(b"cluster_id")
@@ -172,8 +174,8 @@ class Driver:
     def write_batch(self) -> None:
         """Write the changes of everything executed since the last call to the journal.
 
-        OSError or lmdb.Error: they could be written nowhere. No reply to them may leave and the
-        server must stop; the next start finds the state before them.
+        OSError: they could be written nowhere. No reply to them may leave and the server must stop;
+        the next start finds the state before them.
         """
         changes = self._txn.changes
         if not changes:
@@ -182,10 +184,22 @@ class Driver:
         rows = [(table, key, value) for (table, key), value in latest.items()]
         try:
             self._state.journal.append(rows)
-        except OSError:
-            log.exception("the journal cannot be written: trying a checkpoint instead")
-            self._commit()
+        except OSError as error:
+            log.warning("the journal cannot be written (%s): trying a checkpoint instead", error)
+            self._commit_instead(error)
         self._txn.take_changes()
+
+    def _commit_instead(self, failure: OSError) -> None:
+        try:
+            self._commit()
+        except lmdb.Error as error:
+            self._is_stuck = True
+            raise OSError(
+                failure.errno,
+                f"{failure.strerror}: the metadata server cannot go on. What it has acknowledged "
+                "is safe; make room there (or look at the device), then start it again",
+                str(self._state.path),
+            ) from error
 
     def sync_journal(self) -> None:
         """Wait until all that was written before outlives a power cut. For another thread.
@@ -226,8 +240,9 @@ class Driver:
             return
         self._closed = True
         try:
-            self.run(lambda txn, _: txn.set_state(b"clean", True))
-            self.checkpoint()
+            if not self._is_stuck:
+                self.run(lambda txn, _: txn.set_state(b"clean", True))
+                self.checkpoint()
         finally:
             self._txn.abort()
             self._state.close()

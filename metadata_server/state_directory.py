@@ -21,7 +21,7 @@ from typing import Any
 import lmdb
 
 from crailfs.config import MetadataConfig
-from crailfs.errors import BusyError, ConfigurationError, DamagedError
+from crailfs.errors import BusyError, ConfigurationError, DamagedError, NoSpaceError
 from crailfs.limits import BLOCK_SIZE_MAX_BYTES, BLOCK_SIZE_MIN_BYTES, LMDB_MAP_BYTES
 from crailfs.records import Attributes, NodeKind, Placement
 from crailfs.units import ROOT_INODE
@@ -64,6 +64,8 @@ class StateDirectory:
                 self._environment = _open_environment(lmdb_path)
                 stack.callback(self._environment.close)
                 self._recover(config, journal_path)
+            except (lmdb.DiskError, lmdb.MapFullError) as error:
+                raise _unwritable(self.path, error) from error
             except lmdb.Error as error:
                 raise _damaged(self.path, f"LMDB says: {error}") from error
             stack.callback(self.journal.close)
@@ -120,8 +122,12 @@ def _lock(path: Path) -> int:
             f"{path.parent} is used by another metadata server (process {holder}): stop that one, "
             f"or use another state directory"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        os.close(descriptor)
+        raise _unwritable(path.parent, error) from error
     return descriptor
 
 
@@ -213,6 +219,13 @@ def _check_identity(config: MetadataConfig, txn: Txn) -> bytes:
     if missing or txn.find_node(ROOT_INODE) is None:
         raise _damaged(config.state, f"it lacks {', '.join(missing) or 'the root directory'}")
     return cluster_id
+
+
+def _unwritable(path: Path, error: Exception) -> NoSpaceError:
+    return NoSpaceError(
+        f"state directory {path} cannot be written: {error}. Nothing was lost; make room there (or "
+        "look at the device), then start the server again"
+    )
 
 
 def _damaged(path: Path, what: str) -> DamagedError:

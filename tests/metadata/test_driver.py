@@ -260,6 +260,28 @@ def test_a_journal_that_cannot_be_written_becomes_a_checkpoint(space: NameSpace)
     assert space.names() == [b"a"]
 
 
+def test_when_nothing_can_be_written_what_was_acknowledged_stays(space: NameSpace) -> None:
+    space.create(b"acknowledged")
+    before = _rows(space.driver)
+    space.driver.execute(CLIENT, 0, Opcode.CREATE_NODE, _create(b"dropped"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", _full)
+        patch.setattr(Txn, "commit_as", _raise_disk_error)
+        with pytest.raises(OSError, match="make room there") as raised:
+            space.driver.write_batch()
+        assert raised.value.filename == str(space.state)
+        space.driver.close()
+        with pytest.raises(NoSpaceError, match="make room there"):
+            Driver.open(config(space.state))
+        patch.undo()
+        patch.setattr(Txn, "commit_as", _raise_disk_error)
+        with pytest.raises(NoSpaceError, match="make room there"):
+            Driver.open(config(space.state))
+    space.driver = Driver.open(config(space.state))
+    assert not space.driver.was_clean
+    assert _rows(space.driver) == before
+
+
 def test_a_checkpoint_that_fails_leaves_the_journal(
     space: NameSpace, caplog: pytest.LogCaptureFixture
 ) -> None:
