@@ -85,10 +85,12 @@ def _audit_offline(config: MetadataConfig) -> AuditReply:
 
 
 async def _check_online(config: ClientConfig, data: bool) -> int:
-    from crailfs.cli.operator import connected
+    from crailfs.cli.operator import cluster_status, connected
     from crailfs.wire.messages import Audit, AuditReply, Opcode
 
     async with connected(config.metadata, config) as metadata:
+        # An audit may take long; that nobody is there is to be known at once.
+        await cluster_status(metadata, config)
         audit = await metadata.call(Opcode.AUDIT, Audit(), deadline_ms=_AUDIT_TIMEOUT_MS)
     assert isinstance(audit, AuditReply)
     findings = list(audit.findings)
