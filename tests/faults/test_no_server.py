@@ -22,6 +22,8 @@ from tests.support.process_cluster import ProcessCluster, process_cluster
 T = TypeVar("T")
 
 TIMEOUT_MS = 2_000
+UNREACHABLE = 3
+"""``crail``'s exit code when no server answers."""
 SYSTEM_CALL_REQUESTS_MAX = 3
 """The kernel asks for a directory's attributes, an entry and the file one after the other, each
 with a deadline of its own."""
@@ -118,6 +120,8 @@ def test_the_api_without_a_metadata_server(tmp_path: Path) -> None:
             assert time.monotonic() - began_s < TIMEOUT_MS / 1000 + MARGIN_S
         with pytest.raises(UnavailableError):
             BlockingStore(cluster.client_config()).open()
+        done = cluster.crail("fsck")
+        assert done.returncode == UNREACHABLE and "check that the server runs" in done.stderr
         cluster.start("metadata")
         file.close()
         assert store.read("/open") == store.read("/file") == DATA

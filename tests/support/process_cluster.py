@@ -84,6 +84,10 @@ class ProcessCluster:
         self._transports = ",".join(transports)
         self.start("mount")
 
+    def kill_all(self) -> None:
+        for process in self.running.values():
+            process.kill()
+
     def restart(self, name: str) -> None:
         self.kill(name)
         self.start(name)
@@ -144,10 +148,11 @@ def process_cluster(
     operation_timeout_ms: int = OPERATION_TIMEOUT_MS,
     mount: bool = True,
 ) -> Iterator[ProcessCluster]:
-    """Everything started; at the end audited, stopped, and its memory file removed."""
+    """Everything started; at the end what still runs is audited and stopped, and the memory file
+    removed."""
     state = base / "state"
     mountpoint = base / "mnt"
-    state.mkdir()
+    state.mkdir(exist_ok=True)
     mountpoint.mkdir()
     secret = state / "secret"
     secret.touch(0o600)
@@ -169,7 +174,7 @@ def process_cluster(
         cleanup.callback(lambda: memory.unlink(missing_ok=True))
         if mount:
             cleanup.enter_context(guarded(mountpoint))
-        cleanup.callback(lambda: [process.kill() for process in cluster.running.values()])
+        cleanup.callback(cluster.kill_all)
         cleanup.callback(unmount, mountpoint)
         cluster.start("metadata")
         cluster.start("storage")
@@ -177,7 +182,8 @@ def process_cluster(
             cluster.mount_with(*transports)
         try:
             yield cluster
-            cluster.audit()
+            if "metadata" in cluster.running:
+                cluster.audit()
             cluster.stop()
         except BaseException:
             print(cluster.logs())
