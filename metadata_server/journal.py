@@ -3,14 +3,16 @@
 A header and then records, each with the rows that one batch of operations wrote. All integers are
 network order.
 
-    header   magic 8 B, version u32, 4 B zero, cluster id 16 B, boot id 16 B, XXH3-64 of it all
+    header   magic 8 B, version u32, 4 B zero, cluster id 16 B, boot id 16 B, base u64,
+             XXH3-64 of it all
     record   magic u32, body length u32, XXH3-64 of what follows, sequence u64, synced sequence u64,
              body: MessagePack array of [table number, key, value or nil]
 
-Sequences rise by one from record to record. ``synced sequence`` is the last record that was known
-to be on the medium when this one was written, and the boot id says under which run of the kernel
-the journal was begun: together they tell what a power cut may do to the last, unsynced records from
-damage, which is refused.
+Sequences rise by one from record to record. ``base`` is the last that LMDB had committed when the
+journal was begun: an LMDB state with less has lost a commit, which damage to its newest meta page
+can do. ``synced sequence`` is the last record that was known to be on the medium when this one was
+written, and the boot id says under which run of the kernel the journal was begun: together they
+tell what a power cut may do to the last, unsynced records from damage, which is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _FILE_MAGIC = b"CRLFJRNL"
 _VERSION = 1
-_FILE_HEADER = struct.Struct(">8sI4x16s16s")
+_FILE_HEADER = struct.Struct(">8sI4x16s16sQ")
 _CHECKSUM = struct.Struct(">Q")
 HEADER_BYTES = _FILE_HEADER.size + _CHECKSUM.size
 _RECORD_MAGIC = 0x43524C4A
@@ -62,10 +64,14 @@ def current_boot_id() -> bytes:
 class Journal:
     """An open journal file. One writer; ``sync`` may run in another thread meanwhile."""
 
-    def __init__(self, path: Path, descriptor: int, boot_id: bytes) -> None:
+    def __init__(
+        self, path: Path, descriptor: int, cluster_id: bytes, boot_id: bytes, base_sequence: int
+    ) -> None:
         self.path = path
         self._descriptor = descriptor
+        self._cluster_id = cluster_id
         self._boot_id = boot_id
+        self._base_sequence = base_sequence
         self._end_bytes = HEADER_BYTES
         self.sequence = 0
         """Of the last record."""
@@ -79,18 +85,17 @@ class Journal:
         At each instant there is either the old journal or the new one.
         """
         boot_id = current_boot_id()
-        header = _FILE_HEADER.pack(_FILE_MAGIC, _VERSION, cluster_id, boot_id)
         new_path = path.with_name(path.name + ".new")
         descriptor = os.open(new_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            _write_all(descriptor, header + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(header)), 0)
+            _write_all(descriptor, _file_header(cluster_id, boot_id, sequence), 0)
             os.fsync(descriptor)
             os.replace(new_path, path)
             sync_directory(path.parent)
         except BaseException:
             os.close(descriptor)
             raise
-        journal = cls(path, descriptor, boot_id)
+        journal = cls(path, descriptor, cluster_id, boot_id, sequence)
         journal.sequence = journal.synced_sequence = sequence
         return journal
 
@@ -106,7 +111,7 @@ class Journal:
             fields = header[: _FILE_HEADER.size]
             if header[_FILE_HEADER.size :] != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)):
                 raise _damaged(path, "its header is not that of a journal")
-            magic, version, owner, boot_id = _FILE_HEADER.unpack(fields)
+            magic, version, owner, boot_id, base_sequence = _FILE_HEADER.unpack(fields)
             if magic != _FILE_MAGIC or version != _VERSION:
                 raise _damaged(path, f"it has version {version}, this server reads {_VERSION}")
             if owner != cluster_id:
@@ -114,7 +119,7 @@ class Journal:
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(path, descriptor, boot_id)
+        return cls(path, descriptor, cluster_id, boot_id, base_sequence)
 
     @property
     def size_bytes(self) -> int:
@@ -147,6 +152,10 @@ class Journal:
     def reset(self) -> None:
         """Forget all records: a synced LMDB state has them."""
         os.ftruncate(self._descriptor, HEADER_BYTES)
+        # Within one sector, so that a power cut leaves the old header or this one.
+        _write_all(
+            self._descriptor, _file_header(self._cluster_id, self._boot_id, self.sequence), 0
+        )
         self._end_bytes = HEADER_BYTES
         self.synced_sequence = self.sequence
 
@@ -157,8 +166,15 @@ class Journal:
         """Every record behind ``after_sequence``, in order; afterwards the journal can be appended
         to.
 
-        A torn end is cut off. DamagedError: records that must be there are missing or bad.
+        A torn end is cut off. DamagedError: records that must be there are missing or bad, or
+        LMDB's state, which has everything up to ``after_sequence``, is older than it must be.
         """
+        if after_sequence < self._base_sequence:
+            raise _damaged(
+                self.path,
+                f"LMDB's database has {after_sequence} of the {self._base_sequence} records that "
+                "it had committed",
+            )
         self.sequence = after_sequence
         size_bytes = os.fstat(self._descriptor).st_size
         offset = HEADER_BYTES
@@ -209,6 +225,11 @@ class Journal:
                         f"{found[0].sequence} behind it is good",
                     )
             at = mapping.find(magic, at + 1)
+
+
+def _file_header(cluster_id: bytes, boot_id: bytes, base_sequence: int) -> bytes:
+    header = _FILE_HEADER.pack(_FILE_MAGIC, _VERSION, cluster_id, boot_id, base_sequence)
+    return header + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(header))
 
 
 def sync_directory(path: Path) -> None:

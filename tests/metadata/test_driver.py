@@ -246,7 +246,13 @@ def test_closing_twice_is_closing_once(space: NameSpace) -> None:
 # --- a disk that is full ------------------------------------------------------------------------
 
 
-def _full(*arguments: Any) -> Any:
+_pwrite = os.pwrite
+
+
+def _full(descriptor: int, data: bytes, offset: int) -> int:
+    """Of a file that cannot grow."""
+    if offset + len(data) <= os.fstat(descriptor).st_size:
+        return _pwrite(descriptor, data, offset)
     raise OSError(28, "No space left on device")
 
 

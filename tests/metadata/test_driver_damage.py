@@ -105,6 +105,19 @@ def test_pages_that_are_not_what_they_were(state: Path, damage: Callable[[bytes]
     assert refused > 20
 
 
+def test_a_database_that_lost_its_newest_commit(state: Path) -> None:
+    """LMDB goes on from the older of its meta pages when the newer one seems to be older still."""
+    Driver.open(config(state)).close()
+    database = state / "lmdb" / "data.mdb"
+    data = bytearray(database.read_bytes())
+    # 16 bytes of page header, then the transaction's number is the last of 136 bytes.
+    numbers = [page * PAGE_BYTES + 16 + 128 for page in (0, 1)]
+    newest = max(numbers, key=lambda at: int.from_bytes(data[at : at + 8], "little"))
+    data[newest : newest + 8] = bytes(8)
+    database.write_bytes(data)
+    assert "that it had committed" in _refused(state)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_flipped_bytes_are_never_served(state: Path, seed: int) -> None:
     """Values too are checked: whatever can still be read is what was written."""
