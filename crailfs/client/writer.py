@@ -256,6 +256,8 @@ class Writer:
         merges = 0
         while state.pending:
             await self._finish(state)
+            if not state.pending:
+                break
             batch = first_batch(state.pending, self._block_size_bytes)
             try:
                 await self._commit_batch(state, batch, durable)
@@ -275,6 +277,7 @@ class Writer:
                     state.failure = None
                 raise
         state.pending_end = 0
+        state.raise_failure()
 
     def discard(self, state: FileState) -> None:
         """Give up what is pending: the file is gone."""
@@ -288,6 +291,7 @@ class Writer:
         except CrailError:
             # Bytes may still arrive in these blocks: they come free with the session.
             state.forget_pending()
+            state.raise_failure()  # the session ended meanwhile: that is why
             raise
 
     async def _commit_batch(self, state: FileState, batch: Batch, durable: bool) -> None:

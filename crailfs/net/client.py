@@ -209,8 +209,17 @@ class RpcClient:
     # --- the connection -------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keeps the connection until cancelled, making it again as often as needed."""
+        """Keeps the connection until cancelled, making it again as often as needed.
+
+        Calls that are open then, and later ones, raise ``UnavailableError`` at once.
+        """
         task_status.started()
+        try:
+            await self._keep_connected()
+        finally:
+            self._refused(UnavailableError(f"the connection to {self._address} was given up"))
+
+    async def _keep_connected(self) -> None:
         delay_ms: float = RECONNECT_DELAY_MIN_MS
         while True:
             began_s = time.monotonic()

@@ -169,6 +169,31 @@ async def test_what_was_not_committed_when_the_session_ended_is_reported_once(
         await eventually(blocks_are_free_again)
 
 
+async def test_a_flush_that_waits_when_the_session_ends_is_told_so(tmp_path: Path) -> None:
+    """Its storage server is away: it must not wait for that one until the deadline."""
+    async with running_cluster(tmp_path) as cluster, cluster.client("tcp") as client:
+        file = await create(client)
+        await file.write(0, b"first")
+        await file.flush()
+        await cluster.storage.stop()
+        await file.write(0, b"never committed")
+
+        async def flush() -> None:
+            with trio.fail_after(5), pytest.raises(FencedError):
+                await file.flush()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flush)
+            await cluster.metadata.stop()
+            cluster.expire_session(client.client_id)
+            await cluster.start_metadata()
+        await cluster.start_storage()
+        assert await content(file) == b"first"
+        await file.write(0, b"again")
+        await file.close()
+        assert await content(await open_by_name(client)) == b"again"
+
+
 async def test_a_commit_that_was_carried_out_but_not_answered(tmp_path: Path) -> None:
     """The other client takes its time to drop what it cached, beyond the writer's deadline."""
     async with (

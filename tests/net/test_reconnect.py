@@ -32,6 +32,7 @@ from crailfs.wire.messages import (
     Lookup,
     Opcode,
     ReadBlocks,
+    Role,
     SyncMetadata,
     Welcome,
     WriteBlocks,
@@ -358,3 +359,27 @@ async def test_a_storm_of_restarts_loses_no_call(
         stop = True
         async with serving(Handler(), address):
             await until(lambda: not nursery.child_tasks)
+
+
+async def test_a_client_that_is_given_up_answers_its_callers_at_once(tmp_path: Path) -> None:
+    client = client_module.RpcClient(
+        f"unix:{tmp_path}/nobody", CREDENTIALS, role=Role.CLIENT, client_id=1
+    )
+
+    async def call() -> None:
+        with pytest.raises(UnavailableError, match="given up"):
+            await client.call(Opcode.LOOKUP, LOOKUP)
+
+    running = trio.CancelScope()
+
+    async def run() -> None:
+        with running:
+            await client.run()
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            nursery.start_soon(call)
+            await trio.testing.wait_all_tasks_blocked()
+            running.cancel()
+        await call()
