@@ -212,7 +212,7 @@ assert len(ERRORS_BY_CODE) == len(CrailError.__subclasses__()) + 1, "two errors 
 
 
 def error_from_wire(code: int, message: str) -> CrailError:
-    """The error that a peer reported; an unknown code becomes a plain ``CrailError`` that names it."""
+    """The error that a peer reported; an unknown code is a plain ``CrailError`` that names it."""
     kind = ERRORS_BY_CODE.get(code)
     if kind is None:
         return CrailError(f"peer reported unknown error {code}: {message}")

@@ -59,7 +59,7 @@ LEASE_MS: Final = 5_000
 """How long a client may trust what it cached without hearing from the metadata server."""
 KEEPALIVE_INTERVAL_MS: Final = 1_000
 SESSION_TIMEOUT_MS: Final = 10_000
-"""A client silent for this long has lost its session: its grants go back, its locks on orphans end."""
+"""A client silent for this long has lost its session: its grants go back, its orphans go."""
 STORAGE_HEARTBEAT_INTERVAL_MS: Final = 500
 STORAGE_TIMEOUT_MS: Final = 5_000
 OPERATION_TIMEOUT_MS: Final = 30_000

@@ -13,6 +13,7 @@ import msgspec
 
 from crailfs.errors import InvalidError
 
+
 class Record(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Base of all records: positional, immutable, compared by value."""
 

@@ -44,6 +44,7 @@ def format_bytes(size_bytes: int) -> str:
     amount = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if amount < 1024 or unit == "TiB":
-            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+            decimals = 0 if unit == "B" or amount >= 100 else 1
+            return f"{amount:.{decimals}f} {unit}"
         amount /= 1024
     raise AssertionError("unreachable")

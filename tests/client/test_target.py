@@ -1,4 +1,4 @@
-"""A program finds the file system of a mount point and works with it, without a mount of its own."""
+"""A program finds the file system of a mount point, and works with it without mounting it."""
 
 from __future__ import annotations
 
