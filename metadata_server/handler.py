@@ -63,13 +63,14 @@ DEFAULT_TIMINGS = Timings()
 
 _STORAGE_OPERATIONS = frozenset({Opcode.REGISTER_STORAGE, Opcode.STORAGE_HEARTBEAT})
 _INFORMATION = frozenset({Opcode.GET_CLUSTER_MAP, Opcode.GET_STATUS, Opcode.AUDIT})
-_OWN = frozenset({Opcode.KEEP_ALIVE, Opcode.SYNC_METADATA, Opcode.GET_STATUS, Opcode.AUDIT})
+_SESSION = frozenset({Opcode.KEEP_ALIVE, Opcode.END_SESSION})
+_OWN = _SESSION | {Opcode.SYNC_METADATA, Opcode.GET_STATUS, Opcode.AUDIT}
 OPERATIONS_SERVED = frozenset(RUN) | _OWN
 _MUTATING = frozenset(opcode for opcode in OPERATIONS_SERVED if OPERATIONS[opcode].mutates)
 _PERMITTED = {
     Role.CLIENT: OPERATIONS_SERVED - _STORAGE_OPERATIONS,
     Role.STORAGE_SERVER: _STORAGE_OPERATIONS | _INFORMATION,
-    Role.OPERATOR: OPERATIONS_SERVED - _MUTATING - {Opcode.KEEP_ALIVE},
+    Role.OPERATOR: OPERATIONS_SERVED - _MUTATING - _SESSION,
     Role.METADATA_SERVER: frozenset[Opcode](),
 }
 _HARMLESS = frozenset({Opcode.GRANT_BLOCKS, Opcode.RETURN_BLOCKS})
@@ -150,6 +151,7 @@ class MetadataHandler:
         self._requests = dict.fromkeys(OPERATIONS_SERVED, 0)
         self._own: dict[Opcode, Callable[[Peer, int, Any], None]] = {
             Opcode.KEEP_ALIVE: self._keep_alive,
+            Opcode.END_SESSION: self._client_ends,
             Opcode.SYNC_METADATA: self._sync_metadata,
             Opcode.GET_STATUS: self._get_status,
             Opcode.AUDIT: self._audit,
@@ -317,6 +319,10 @@ class MetadataHandler:
         self._leases.show(client_id, set(request.renew).difference(gone))
         self._answers.append(_Answer(peer, request_id, KeepAliveReply(gone)))
 
+    def _client_ends(self, peer: Peer, request_id: int, request: Message) -> None:
+        self._end_session(self._clients[peer.client_id])
+        self._answers.append(_Answer(peer, request_id, Empty()))
+
     def _sync_metadata(self, peer: Peer, request_id: int, request: Message) -> None:
         answer = _Answer(peer, request_id, Empty())
         self._when_synced(lambda: self._answers.append(answer))
@@ -436,19 +442,23 @@ class MetadataHandler:
                 client.was_active = False
                 client.heard_s = now_s
             elif now_s - client.heard_s > timeout_s:
-                self._end_session(client, now_s - client.heard_s)
+                silent_s = now_s - client.heard_s
+                log.warning(
+                    "client %016x has been silent for %.1f s: its session has ended",
+                    client.id,
+                    silent_s,
+                )
+                self._counters["sessions_expired"] += 1
+                self._end_session(client)
+                if client.peer is not None:
+                    client.peer.close("it was silent for too long: its session has ended")
 
-    def _end_session(self, client: Client, silent_s: float) -> None:
-        log.warning(
-            "client %016x has been silent for %.1f s: its session has ended", client.id, silent_s
-        )
+    def _end_session(self, client: Client) -> None:
+        """Take back what the client holds; it hears nothing of it."""
         self._invalidator.run(
             lambda txn, context: sessions.expire(txn, context, client.id), client.id
         )
-        self._counters["sessions_expired"] += 1
         del self._clients[client.id]
-        if client.peer is not None:
-            client.peer.close("it was silent for too long: its session has ended")
         self._missing.discard(client.id)
         self._leases.end(client.id)
         self._invalidator.forgotten_by(client.id)

@@ -106,6 +106,7 @@ class FileSystem(NameSpace):
                         await filesystem._end()
                     finally:
                         await filesystem.storage.close()
+                    await filesystem._session.end()
 
     async def _begin(self) -> None:
         block_size = self.block_size_bytes = (await self.cluster_map()).block_size_bytes

@@ -17,6 +17,7 @@ from crailfs.net.client import RpcClient
 from crailfs.wire.messages import (
     OPERATIONS,
     Challenge,
+    EndSession,
     Invalidate,
     InvalidateReply,
     Invalidation,
@@ -33,6 +34,10 @@ log = logging.getLogger(__name__)
 _RETRY_MIN_SECONDS: Final = 0.005
 _RETRY_MAX_SECONDS: Final = 0.25
 _MUTATIONS_PER_KEEPALIVE_MAX: Final = REPLIES_KEPT_PER_CLIENT_MAX // 4
+
+
+_END_TIMEOUT_MS: Final = 1_000
+"""How long to wait for an answer to the good-bye."""
 
 
 class Session:
@@ -125,6 +130,14 @@ class Session:
             return await self._rpc.call(opcode, request, deadline_ms=timeout_ms)
         except TryAgainError as error:
             return await self._retry(opcode, request, timeout_ms, error)
+
+    async def end(self) -> None:
+        """Tell the metadata server that this client ends; without an answer, the session does when
+        the silence has been noticed."""
+        try:
+            await self._rpc.call(Opcode.END_SESSION, EndSession(), deadline_ms=_END_TIMEOUT_MS)
+        except CrailError as error:
+            log.debug("the session is left to expire: %s", error)
 
     async def _retry(
         self, opcode: Opcode, request: Message, timeout_ms: int, error: TryAgainError

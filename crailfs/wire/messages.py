@@ -91,6 +91,11 @@ class KeepAliveReply(Message, frozen=True):
     """Of ``renew``: nodes that no longer exist."""
 
 
+class EndSession(Message, frozen=True):
+    """The client ends and has nothing under way: what it holds is taken back at once, instead of
+    after a silence."""
+
+
 class Invalidation(Message, frozen=True):
     ino: int
     name: bytes
@@ -523,6 +528,7 @@ class Opcode(enum.IntEnum):
     KEEP_ALIVE = 10
     INVALIDATE = 11
     RELEASE_INODES = 12
+    END_SESSION = 13
     LOOKUP = 20
     GET_ATTRIBUTES = 21
     SET_ATTRIBUTES = 22
@@ -560,6 +566,7 @@ OPERATIONS: dict[Opcode, Operation] = {
     Opcode.KEEP_ALIVE: Operation(KeepAlive, KeepAliveReply),
     Opcode.INVALIDATE: Operation(Invalidate, InvalidateReply),
     Opcode.RELEASE_INODES: Operation(ReleaseInodes, Empty, mutates=True),
+    Opcode.END_SESSION: Operation(EndSession, Empty),
     Opcode.LOOKUP: Operation(Lookup, Attributes),
     Opcode.GET_ATTRIBUTES: Operation(GetAttributes, Attributes),
     Opcode.SET_ATTRIBUTES: Operation(SetAttributes, Attributes, mutates=True),

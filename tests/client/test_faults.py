@@ -238,3 +238,15 @@ async def test_late_errors_of_writes_come_out_at_flush(tmp_path: Path) -> None:
             await file.close()
             expected = b"y" * BLOCK + (b"committed" * BLOCK)[BLOCK:]
             assert await content(await open_by_name(client)) == expected
+
+
+async def test_a_client_that_closes_leaves_no_session_behind(tmp_path: Path) -> None:
+    """So a crash of the metadata server right after it makes nobody wait for it."""
+    async with running_cluster(tmp_path) as cluster, cluster.client() as watching:
+        before = (await watching.status()).session_count
+        async with cluster.client() as client:
+            file = await create(client, b"f")
+            await file.write(0, b"bytes")
+            await file.close()
+            assert (await watching.status()).session_count == before + 1
+        assert (await watching.status()).session_count == before

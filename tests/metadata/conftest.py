@@ -1,4 +1,4 @@
-"""The name space that the metadata tests work on, audited after each of them."""
+"""What the metadata tests work on, audited after each of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.metadata.handling import Server
 from tests.metadata.name_space import NameSpace
 
 
@@ -16,3 +17,11 @@ def space(tmp_path: Path) -> Iterator[NameSpace]:
     yield name_space
     name_space.assert_sound()
     name_space.driver.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path / "state")
+    yield server
+    assert server.driver.audit().findings == ()
+    server.driver.close()

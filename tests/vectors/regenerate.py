@@ -95,6 +95,7 @@ SAMPLES: dict[Opcode, tuple[Message, Message]] = {
         m.Invalidate((m.Invalidation(1, b"name", False), m.Invalidation(INO, b"", True))),
         m.InvalidateReply((INO,)),
     ),
+    Opcode.END_SESSION: (m.EndSession(), m.Empty()),
     Opcode.RELEASE_INODES: (m.ReleaseInodes((INO, 2)), m.Empty()),
     Opcode.LOOKUP: (m.Lookup(1, b"na\xc3\xafve \xff"), FILE),
     Opcode.GET_ATTRIBUTES: (m.GetAttributes(5), SYMLINK),
