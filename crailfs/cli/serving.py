@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -16,8 +17,12 @@ from crailfs.cli.exit_codes import exit_code_of
 from crailfs.cli.logs import set_up_logging
 from crailfs.cli.main import error_of
 from crailfs.errors import CrailError
+from crailfs.limits import CONNECTIONS_MAX
 
 log = logging.getLogger(__name__)
+
+_OTHER_DESCRIPTORS: Final = 1_024
+"""Files, regions, life lines, and connections to other servers."""
 
 Serve = Callable[["trio.TaskStatus[list[str]]"], Awaitable[None]]
 """Serves until it is cancelled or has nothing more to serve; passes to ``started`` where it can be
@@ -33,6 +38,7 @@ def run_server(name: str, prepare: Callable[[], Serve], ready_fd: int) -> int:
     notice = _ReadyNotice(ready_fd)
     try:
         set_up_logging("info")
+        _raise_descriptor_limit()
         trio.run(_serve, name, prepare(), notice)
     except BaseException as error:
         known = error_of(error) or CrailError(f"{type(error).__name__}: {error}")
@@ -40,6 +46,17 @@ def run_server(name: str, prepare: Callable[[], Serve], ready_fd: int) -> int:
         raise
     log.info("%s stopped", name)
     return 0
+
+
+def _raise_descriptor_limit() -> None:
+    """As many connections as the limits allow need as many descriptors; the usual soft limit is
+    1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS_MAX + _OTHER_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def notify_systemd(message: str) -> None:

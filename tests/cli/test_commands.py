@@ -270,6 +270,14 @@ def test_a_second_mount_in_the_foreground(system: Embedded, tmp_path: Path) -> N
     )
 
 
+def test_a_server_has_descriptors_for_all_connections(system: Embedded) -> None:
+    """The supervisor was started with whatever soft limit the shell had."""
+    limits = Path(f"/proc/{system.pid('metadata')}/limits").read_text()
+    (line,) = (line for line in limits.splitlines() if line.startswith("Max open files"))
+    soft, hard = line.split()[3:5]
+    assert int(soft) == min(int(hard), 5_120) or int(soft) > 5_120
+
+
 def test_another_user_cannot_read_the_secret(system: Embedded) -> None:
     # Not in the test's own directory, into which other users cannot look.
     with tempfile.TemporaryDirectory() as name:
