@@ -143,13 +143,15 @@ async def _show(told: _Told) -> None:
 async def _place(config: ClientConfig) -> AsyncIterator[str]:
     """A directory of this round's own."""
     place = f"/crail-bench-{os.getpid()}-{config.transports[0]}"
+    # By clients that end: one that stayed would have to be told of each change in the directory.
     async with CrailStore.connect(config) as store:
         await store.mkdir(place)
-        try:
-            yield place
-        finally:
-            # With a deadline of its own, should the round have been cancelled.
-            with trio.CancelScope(shield=True), trio.move_on_after(ROUND_TIMEOUT_SECONDS / 4):
+    try:
+        yield place
+    finally:
+        # With a deadline of its own, should the round have been cancelled.
+        with trio.CancelScope(shield=True), trio.move_on_after(ROUND_TIMEOUT_SECONDS / 4):
+            async with CrailStore.connect(config) as store:
                 await store.delete(place, recursive=True)
 
 
