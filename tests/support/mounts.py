@@ -36,17 +36,19 @@ while os.read(0, 1):
 mount = find_mount(Path(sys.argv[1]))
 if mount is not None:
     abort_and_unmount(mount)
+for name in sys.argv[2:]:
+    Path(name).unlink(missing_ok=True)
 """
 
 
 @contextlib.contextmanager
-def guarded(mountpoint: Path) -> Iterator[None]:
+def guarded(mountpoint: Path, *files: Path) -> Iterator[None]:
     """Whatever is mounted at ``mountpoint`` when the block (or this process) ends is aborted and
-    unmounted."""
+    unmounted, and ``files`` are removed."""
     reading, writing = os.pipe()
     try:
         guard = subprocess.Popen(
-            [sys.executable, "-c", _GUARD, str(mountpoint)],
+            [sys.executable, "-c", _GUARD, str(mountpoint), *map(str, files)],
             stdin=reading,
             cwd=REPOSITORY,
             start_new_session=True,

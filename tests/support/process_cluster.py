@@ -171,9 +171,7 @@ def process_cluster(
     )
     cluster = ProcessCluster(state, configuration, mountpoint)
     with contextlib.ExitStack() as cleanup:
-        cleanup.callback(lambda: memory.unlink(missing_ok=True))
-        if mount:
-            cleanup.enter_context(guarded(mountpoint))
+        cleanup.enter_context(guarded(mountpoint, memory))
         cleanup.callback(cluster.kill_all)
         cleanup.callback(unmount, mountpoint)
         cluster.start("metadata")

@@ -5,6 +5,7 @@ ended by their own pid.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -19,6 +20,15 @@ from typing import Any
 CRAIL = (sys.executable, "-m", "crailfs.cli.main")
 READY_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_the_test() -> None:
+    """A test run that is killed, or ends at a time limit, leaves no server behind."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class ServerProcess:
@@ -47,6 +57,7 @@ class ServerProcess:
                     stderr=output,
                     pass_fds=(write_fd,),
                     env=dict(environment) if environment is not None else None,
+                    preexec_fn=_die_with_the_test,  # noqa: PLW1509 - one system call, no locks
                 )
         finally:
             os.close(write_fd)
