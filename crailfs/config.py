@@ -10,6 +10,7 @@ import msgspec
 
 from crailfs.limits import BLOCK_SIZE_DEFAULT_BYTES, OPERATION_TIMEOUT_MS
 from crailfs.records import Tier
+from crailfs.units import MIB
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,13 +33,21 @@ class MetadataConfig(Config, frozen=True, kw_only=True):
     credentials: Credentials
     block_size_bytes: int = BLOCK_SIZE_DEFAULT_BYTES
     """Only for a new name space."""
+    tier_high_water: float = 0.9
+    """When more than this part of a tier is in use, cold blocks are moved to the next one."""
+    tier_low_water: float = 0.8
+    """Until not more than this part is; hot blocks are moved up only below it."""
 
 
 class RegionConfig(Config, frozen=True, kw_only=True):
     tier: Tier
     path: Path
-    """The file that holds the region: on tmpfs for memory, on any file system for disk."""
+    """The file or device that holds the region: a file on tmpfs for memory, a device or file for
+    pmem and nvme, a file on any file system for disk."""
     size_bytes: int
+    """Not looked at for a whole device."""
+    overwrite: bool = False
+    """Make a new region even on a device that holds a file system or anything else."""
 
 
 class StorageConfig(Config, frozen=True, kw_only=True):
@@ -53,6 +62,13 @@ class StorageConfig(Config, frozen=True, kw_only=True):
     host: str = ""
     """This host's name for placement; empty: the kernel's."""
     rack: str = ""
+    rdma_device: str = "auto"
+    """Which device RDMA is offered on: its verbs name, ``auto`` (the first with an active port that
+    has the address of ``listen``, or else the first with an active port) or ``off``."""
+    rdma_flush: bool = True
+    """Whether clients may use RDMA FLUSH where the device has it."""
+    move_bytes_per_second: int = 256 * MIB
+    """At most this much is moved between tiers; 0: nothing is."""
     regions: tuple[RegionConfig, ...]
     credentials: Credentials
 
@@ -62,8 +78,10 @@ class ClientConfig(Config, frozen=True, kw_only=True):
     credentials: Credentials
     host: str = ""
     """This host's name for placement; empty: the kernel's."""
-    transports: tuple[str, ...] = ("local", "tcp")
+    transports: tuple[str, ...] = ("local", "rdma", "tcp")
     """Tried in this order for each storage server."""
+    rdma_device: str = "auto"
+    """As in ``StorageConfig``; ``auto`` is the first device with an active port."""
     operation_timeout_ms: int = OPERATION_TIMEOUT_MS
 
 

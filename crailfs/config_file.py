@@ -33,6 +33,7 @@ from crailfs.limits import (
     SECRET_MAX_BYTES,
     SECRET_MIN_BYTES,
 )
+from crailfs.units import MIB
 
 SYSTEM_FILE: Final = Path("/etc/crail/crail.toml")
 """Read when neither ``--config`` nor ``CRAIL_CONFIG`` names another file."""
@@ -55,6 +56,8 @@ SECTIONS: Final[dict[str, dict[str, Key]]] = {
         "state": Key(values.path),
         "listen": Key(values.addresses),
         "block_size": Key(values.size, BLOCK_SIZE_DEFAULT_BYTES),
+        "tier_high_water": Key(values.fraction, 0.9),
+        "tier_low_water": Key(values.fraction, 0.8),
     },
     "storage": {
         "state": Key(values.path),
@@ -62,10 +65,14 @@ SECTIONS: Final[dict[str, dict[str, Key]]] = {
         "advertise": Key(values.text, ""),
         "host": Key(values.text, ""),
         "rack": Key(values.text, ""),
+        "rdma_device": Key(values.text, "auto"),
+        "rdma_flush": Key(values.boolean, True),
+        "move_rate": Key(values.size, 256 * MIB),
     },
     "client": {
         "host": Key(values.text, ""),
         "transports": Key(values.transports, values.TRANSPORT_NAMES),
+        "rdma_device": Key(values.text, "auto"),
         "operation_timeout_ms": Key(values.whole_number(100, 24 * 3_600_000), OPERATION_TIMEOUT_MS),
     },
     "mount": {
@@ -79,7 +86,8 @@ SECTIONS: Final[dict[str, dict[str, Key]]] = {
 REGION_KEYS: Final[dict[str, Key]] = {
     "tier": Key(values.tier),
     "path": Key(values.path),
-    "size": Key(values.size),
+    "size": Key(values.size, 0),
+    "overwrite": Key(values.boolean, False),
 }
 """Of one ``[[storage.region]]``; these stand in the file only."""
 
@@ -164,11 +172,22 @@ class Settings:
                 f"{self.where('metadata', 'block_size')}: expected a power of two from 4KiB to "
                 f"1MiB, found {block_size_bytes} bytes"
             )
+        low_water, high_water = (
+            self.get("metadata", "tier_low_water"),
+            self.get("metadata", "tier_high_water"),
+        )
+        if low_water > high_water:
+            raise ConfigurationError(
+                f"{self.where('metadata', 'tier_low_water')}: expected at most tier_high_water, "
+                f"{high_water}, found {low_water}"
+            )
         return MetadataConfig(
             state=self.get("metadata", "state"),
             listen=self.get("metadata", "listen"),
             credentials=self.credentials(),
             block_size_bytes=block_size_bytes,
+            tier_high_water=high_water,
+            tier_low_water=low_water,
         )
 
     def regions(self) -> tuple[RegionConfig, ...]:
@@ -176,13 +195,21 @@ class Settings:
         found = []
         for index, raw in enumerate(self._regions):
             for key in REGION_KEYS:
-                if key not in raw:
+                if key not in raw and REGION_KEYS[key].default is _REQUIRED:
                     raise ConfigurationError(
                         f"{self._name}: storage.region[{index}]: {key} is not set"
                     )
-            parsed = {key: _parse(REGION_KEYS[key], raw[key]) for key in REGION_KEYS}
+            parsed = {
+                key: _parse(declared, raw[key]) if key in raw else declared.default
+                for key, declared in REGION_KEYS.items()
+            }
             found.append(
-                RegionConfig(tier=parsed["tier"], path=parsed["path"], size_bytes=parsed["size"])
+                RegionConfig(
+                    tier=parsed["tier"],
+                    path=parsed["path"],
+                    size_bytes=parsed["size"],
+                    overwrite=parsed["overwrite"],
+                )
             )
         if not 1 <= len(found) <= REGIONS_PER_SERVER_MAX:
             raise ConfigurationError(
@@ -206,6 +233,9 @@ class Settings:
             advertise=self.get("storage", "advertise"),
             host=self.get("storage", "host"),
             rack=self.get("storage", "rack"),
+            rdma_device=self.get("storage", "rdma_device"),
+            rdma_flush=self.get("storage", "rdma_flush"),
+            move_bytes_per_second=self.get("storage", "move_rate"),
             regions=self.regions(),
             credentials=self.credentials(),
         )
@@ -216,6 +246,7 @@ class Settings:
             credentials=self.credentials(),
             host=self.get("client", "host"),
             transports=self.get("client", "transports"),
+            rdma_device=self.get("client", "rdma_device"),
             operation_timeout_ms=self.get("client", "operation_timeout_ms"),
         )
 

@@ -18,7 +18,7 @@ Parser = Callable[[object, Path], Any]
 
 UNIX_PATH_MAX_BYTES: Final = 107
 """The kernel's ``sun_path`` less its closing zero."""
-TRANSPORT_NAMES: Final = ("local", "tcp")
+TRANSPORT_NAMES: Final = ("local", "rdma", "tcp")
 
 _UNITS: Final = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40, "P": 1 << 50}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
@@ -66,6 +66,17 @@ def whole_number(least: int, most: int) -> Parser:
         return raw
 
     return parse
+
+
+def fraction(raw: object, _base: Path) -> float:
+    """More than 0, at most 1."""
+    try:
+        value = float(raw) if isinstance(raw, str | int | float) else 0.0
+    except ValueError:
+        value = 0.0
+    if isinstance(raw, bool) or not 0 < value <= 1:
+        raise ValueError("a number above 0 and not above 1")
+    return value
 
 
 def identity(raw: object, _base: Path) -> bytes:

@@ -111,6 +111,10 @@ class Placement(Record, frozen=True):
     """Blocks that are taken at once and, where there are any, next to each other, for a file that
     grows (shown as ``user.crail.block_size``, in bytes: this times the cluster's block size)."""
     replicas: int = 1
+    pinned: bool = False
+    """Whether the mover leaves the node's blocks where they are."""
+    ttl_s: int = 0
+    """Seconds without use after which the node is removed; 0: never."""
 
 
 class Attributes(Record, frozen=True):
@@ -196,6 +200,43 @@ class RegionInfo(Record, frozen=True):
     """Whether a flush makes bytes outlive a power cut: never true of memory."""
     label: str
     """For people: the path or device."""
+    medium: str = ""
+    """For people: what kind of device or file it is, such as ``devdax`` or ``file on tmpfs``."""
+    keeps_headers: bool = False
+    """Whether the region notes whose each block is: see ``BlockHeader``."""
+    held_blocks: int = 0
+    """How many blocks its headers say are some file's, at the time of registration."""
+
+
+class BlockHeader(Record, frozen=True):
+    """What a region itself knows of one block that is some file's."""
+
+    block: int
+    ino: int
+    file_block: int
+    generation: int
+    stored_bytes: int
+    visible_bytes: int
+    """As in ``Extent``, of this block."""
+    checksum: int
+    """XXH3-64 of the stored bytes."""
+
+
+class HeaderChange(Record, frozen=True):
+    """Blocks next to each other that became a file's, or that are no file's any more."""
+
+    region: int
+    block: int
+    block_count: int
+    ino: int
+    """0: the blocks are nobody's; the fields that follow mean nothing then."""
+    file_block: int = 0
+    generation: int = 0
+    tail_stored_bytes: int = 0
+    tail_visible_bytes: int = 0
+    """Both of the last block; the others are full."""
+    checksums: bytes = b""
+    """As in ``Extent``."""
 
 
 class PlacedRegion(Record, frozen=True):
@@ -219,3 +260,5 @@ class StorageServerInfo(Record, frozen=True):
     """The kernel's boot id: a client with the same one is on the same host."""
     alive: bool = True
     seconds_since_heard: float = 0.0
+    rdma: bool = False
+    """Whether ``ConnectQueuePair`` is answered over TCP."""

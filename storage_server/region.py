@@ -13,7 +13,6 @@ from crailfs.records import RegionInfo
 from crailfs.units import GIB
 from crailfs.wire.messages import AttachedRegion, RegionState
 from storage_server.media import Medium
-from storage_server.media.superblock import DATA_OFFSET_BYTES
 
 PROVISION_MARGIN_BYTES: Final = 1 * GIB
 """How far memory is provisioned beyond the highest block that was ever handed out: what a writer of
@@ -53,18 +52,26 @@ class Region:
             block_count=superblock.block_count,
             durable=self.medium.durable,
             label=str(self.medium.path),
+            medium=self.medium.kind,
+            keeps_headers=self.medium.headers is not None,
+            held_blocks=0 if self.medium.headers is None else self.medium.headers.held_blocks,
         )
 
     @property
     def attached(self) -> AttachedRegion:
-        superblock = self.medium.superblock
+        superblock, layout = self.medium.superblock, self.medium.layout
         return AttachedRegion(
             region_id=self.region_id,
             tier=superblock.tier,
             block_size_bytes=superblock.block_size_bytes,
             block_count=superblock.block_count,
-            data_offset=DATA_OFFSET_BYTES,
-            mappable=self.medium.mappable,
+            data_offset=layout.data_offset,
+            access=layout.access,
+            flush_method=layout.flush_method,
+            durable=self.medium.durable,
+            segment_bytes=layout.segment_bytes,
+            segment_offsets=layout.segment_offsets,
+            map_sync=layout.map_sync,
         )
 
     @property

@@ -1,8 +1,8 @@
 """What the storage server answers to its clients.
 
 Memory: a payload is received straight into the block, so a write is done when it is complete, and
-a read is sent straight from the block. Disk: what is in the page cache, and small writes, are done
-in place; everything that may wait for the device goes to a few threads.
+a read is sent straight from the block. Devices: what need not wait for one is done in place, the
+rest in tasks.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import collections
 import logging
 import os
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import trio
@@ -57,7 +56,6 @@ OPERATIONS: Final = frozenset(
         Opcode.STORAGE_STATUS,
     }
 )
-DISK_THREADS_MAX: Final = 8
 
 
 class Services:
@@ -66,10 +64,9 @@ class Services:
     def __init__(self, fencing: Fencing, nursery: trio.Nursery) -> None:
         self._fencing = fencing
         self._nursery = nursery
-        self._threads = trio.CapacityLimiter(DISK_THREADS_MAX)
         self._buffers = Buffers()
         self._peers: dict[int, set[Peer]] = {}
-        self._writes_in_threads: collections.Counter[int] = collections.Counter()
+        self._writes_under_way: collections.Counter[int] = collections.Counter()
         self._must_fence: set[int] = set()
         self._regions: dict[int, Region] | None = None
         self.counters: collections.Counter[str] = collections.Counter()
@@ -98,7 +95,7 @@ class Services:
             client_id
             for client_id in sorted(self._must_fence)
             if client_id not in self._peers
-            and not self._writes_in_threads[client_id]
+            and not self._writes_under_way[client_id]
             and not self._fencing.has_life_line(client_id)
         )
 
@@ -167,22 +164,21 @@ class Services:
             peer.reply(request_id, Empty(), payload=view)
             return
         buffer = self._buffers.take(request.byte_count)
-        read = partial(region.medium.read_into, request.offset, buffer)
         try:
-            done = read(wait=False)
+            done = region.medium.try_read(request.offset, buffer)
         except OSError as error:
             raise self._device_failed(region, request.offset, request.byte_count, error) from error
         if done:
             peer.reply(request_id, Empty(), payload=buffer)
             return
 
-        def reply() -> None:
+        async def read() -> None:
+            await region.medium.read(request.offset, buffer)
             peer.reply(request_id, Empty(), payload=buffer)
 
         self._nursery.start_soon(
-            self._in_thread, peer, request_id, region, request.offset, request.byte_count,
-            partial(read, wait=True), reply,
-        )  # fmt: skip
+            self._at_device, peer, request_id, region, request.offset, request.byte_count, read
+        )
 
     def _write(
         self, peer: Peer, request_id: int, request: WriteBlocks, payload: memoryview | None
@@ -194,40 +190,37 @@ class Services:
         self.counters["writes"] += 1
         self.counters["written_bytes"] += len(payload)
         if region.medium.blocks is not None:
+            region.medium.persist(request.offset, len(payload))
             peer.reply(request_id, Empty())
             return
         try:
-            done = region.medium.write_inline(request.offset, payload)
-            if not done and not self._threads.available_tokens:
-                # All threads are taken: writing here makes everybody wait, the sender too.
-                region.medium.write(request.offset, payload)
-                done = True
+            done = region.medium.try_write(request.offset, payload)
         except OSError as error:
             raise self._device_failed(region, request.offset, len(payload), error) from error
         if done:
             peer.reply(request_id, Empty())
             return
-        write = partial(region.medium.write, request.offset, payload)
-        self._writes_in_threads[peer.client_id] += 1
+        self._writes_under_way[peer.client_id] += 1
 
-        def finished() -> None:
-            self._writes_in_threads[peer.client_id] -= 1
+        async def write() -> None:
+            try:
+                await region.medium.write(request.offset, payload)
+            finally:
+                self._writes_under_way[peer.client_id] -= 1
+            peer.reply(request_id, Empty())
 
         self._nursery.start_soon(
-            self._in_thread, peer, request_id, region, request.offset, len(payload),
-            write, partial(peer.reply, request_id, Empty()), finished,
-        )  # fmt: skip
+            self._at_device, peer, request_id, region, request.offset, len(payload), write
+        )
 
     def _flush(self, peer: Peer, request_id: int, request: FlushRegion) -> None:
         region = self._region(request.region)
         self.counters["flushes"] += 1
-        if not region.medium.durable:
-            peer.reply(request_id, FlushReply(durable=region.medium.flush()))
-            return
-        self._nursery.start_soon(
-            self._in_thread, peer, request_id, region, 0, 0,
-            region.medium.flush, partial(peer.reply, request_id, FlushReply(durable=True)),
-        )  # fmt: skip
+
+        async def flush() -> None:
+            peer.reply(request_id, FlushReply(durable=await region.medium.flush()))
+
+        self._nursery.start_soon(self._at_device, peer, request_id, region, 0, 0, flush)
 
     def _attach(self, peer: Peer, request_id: int, request: AttachRegions) -> None:
         if not peer.is_local:
@@ -266,25 +259,19 @@ class Services:
         region.claim(request.offset, byte_count, request.generation)
         return region
 
-    async def _in_thread(
+    async def _at_device(
         self,
         peer: Peer,
         request_id: int,
         region: Region,
         offset: int,
         byte_count: int,
-        work: Callable[[], object],
-        reply: Callable[[], None],
-        finished: Callable[[], None] = lambda: None,
+        work: Callable[[], Awaitable[None]],
     ) -> None:
         try:
-            await trio.to_thread.run_sync(work, limiter=self._threads)
+            await work()
         except OSError as error:
             peer.reply_error(request_id, self._device_failed(region, offset, byte_count, error))
-        else:
-            reply()
-        finally:
-            finished()
 
     def _device_failed(
         self, region: Region, offset: int, byte_count: int, error: OSError

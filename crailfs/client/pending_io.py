@@ -1,7 +1,7 @@
 """Moves the bytes of blocks that are not committed yet.
 
-To a server on the same host they go at once. To a remote one, a block that is written in parts is
-collected here and sent when it is full or to be committed.
+To mapped memory of the same host they go at once. To everything else, a block that is written in
+parts is collected here and sent when it is full or to be committed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PendingIo:
         """Start the one block of ``run`` with ``content``."""
         block = PendingBlock(run.region, run.block, run.generation, len(content))
         transport = await self._transport(run.region)
-        if transport.name == "local":
+        if transport.in_place(run.region):
             await self._put(state, run, content)
             block.hasher = xxh3_64(content)
         else:
@@ -63,7 +63,7 @@ class PendingIo:
     ) -> None:
         """Write inside a block; what lies between its end and ``inner_offset`` becomes zeros."""
         transport = await self._transport(block.region)
-        if transport.name == "local":
+        if transport.in_place(block.region):
             await self._change_in_place(transport, block, inner_offset, data)
             return
         buffer = await self._load(state, block)
@@ -146,7 +146,7 @@ class PendingIo:
     async def _put(self, state: FileState, run: Run, data: Buffer) -> None:
         transport = await self._transport(run.region)
         state.unflushed_regions.add(run.region)
-        if transport.name == "local":
+        if transport.in_place(run.region):
             offset = run.block * self._block_size_bytes
             await transport.write(run.region, offset, run.generation, data)
         else:

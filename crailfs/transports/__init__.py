@@ -29,7 +29,11 @@ class Transport(Protocol):
     """
 
     name: str
-    """``local`` or ``tcp``, as in ``ClientConfig.transports``."""
+    """As in ``ClientConfig.transports``."""
+
+    def in_place(self, region: int) -> bool:
+        """Whether ``write`` is so cheap for small pieces at any offset of this region that writers
+        need not collect whole blocks first, and returns when the bytes are there for all."""
 
     async def read(self, region: int, offset: int, byte_count: int) -> Buffer:
         """Exactly ``byte_count`` bytes. May be a view of the region itself: nobody changes
@@ -78,13 +82,15 @@ async def connect(
                 if reason is None:
                     return await LocalTransport.connect(server, config, client_id)
                 failures.append(f"local: {reason}")
+            elif name == "rdma":
+                failures.append("rdma: the server does not offer it")
             elif name == "tcp":
                 if server.tcp_port:
                     return await TcpTransport.connect(server, config, client_id, nursery, locate)
                 failures.append("tcp: the server does not listen on it")
             else:
                 raise ConfigurationError(
-                    f"transports: {name!r} is not a transport; use 'local' and 'tcp'"
+                    f"transports: {name!r} is not a transport; use 'local', 'rdma' and 'tcp'"
                 )
         except (ConfigurationError, FencedError):
             raise

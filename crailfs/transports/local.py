@@ -2,20 +2,12 @@
 
 Once attached, the server is not needed any more: a transport goes on working while it is down. It
 attaches again only for a region that it does not know yet.
-
-Measured (2-core virtual machine, per MiB): a copy into mapped memory 50 to 90 us; into pages that
-are in memory but not yet in our mapping 370 us, because each 4 KiB store faults, but only 25 us
-more than warm if one byte in 64 KiB is read first: a read fault maps its whole neighbourhood.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Final, Protocol
+from typing import Protocol
 
 import trio
 
@@ -23,8 +15,8 @@ from crailfs.config import ClientConfig
 from crailfs.errors import (
     BlockLostError,
     CrailError,
-    DamagedError,
     InvalidError,
+    NotSupportedError,
     ProtocolError,
     UnavailableError,
 )
@@ -32,15 +24,17 @@ from crailfs.limits import CONNECT_TIMEOUT_MS
 from crailfs.net.client import RpcClient
 from crailfs.net.sending import Buffer
 from crailfs.records import StorageServerInfo
-from crailfs.transports.file_io import InlineWrites, read_exactly, write_all
-from crailfs.units import KIB
-from crailfs.wire.messages import AttachedRegion, AttachRegions, AttachReply, Opcode, Role
-
-FAULT_AROUND_BYTES: Final = 64 * KIB
+from crailfs.transports.file_region import FileRegion
+from crailfs.transports.mapped_region import MappedRegion
+from crailfs.wire.messages import Access, AttachedRegion, AttachRegions, AttachReply, Opcode, Role
 
 
-class _Region(Protocol):
+class LocalRegion(Protocol):
+    """One region of this host. Offsets are bytes from its first block and lie in it."""
+
     size_bytes: int
+    in_place: bool
+    """Whether small writes at any offset cost little; else whole blocks should be written."""
 
     async def read(self, offset: int, byte_count: int) -> Buffer: ...
     async def write(self, offset: int, data: Buffer) -> None: ...
@@ -58,7 +52,7 @@ class LocalTransport:
         self._server = server
         self._config = config
         self._client_id = client_id
-        self._regions: dict[int, _Region] = {}
+        self._regions: dict[int, LocalRegion] = {}
         self._life_line_fd = -1
         self._closed = False
         self._attaching = trio.Lock()
@@ -82,6 +76,9 @@ class LocalTransport:
         _check_bounds(target, region, offset, len(data))
         await target.write(offset, data)
 
+    def in_place(self, region: int) -> bool:
+        return self._regions[region].in_place
+
     async def flush(self, region: int) -> bool:
         target = self._regions.get(region) or await self._find(region)
         return await target.flush()
@@ -94,7 +91,7 @@ class LocalTransport:
             os.close(self._life_line_fd)
             self._life_line_fd = -1
 
-    async def _find(self, region: int) -> _Region:
+    async def _find(self, region: int) -> LocalRegion:
         async with self._attaching:
             if self._closed:
                 raise UnavailableError(
@@ -140,10 +137,7 @@ class LocalTransport:
                 )
             for description, fd in zip(reply.regions, fds[:-1], strict=True):
                 if description.region_id not in self._regions:
-                    kind: Callable[[AttachedRegion, int], _Region] = (
-                        _MappedRegion if description.mappable else _FileRegion
-                    )
-                    self._regions[description.region_id] = kind(description, fd)
+                    self._regions[description.region_id] = _open_region(description, fd)
                     unused.remove(fd)
             previous, self._life_line_fd = self._life_line_fd, unused.pop()
             if previous >= 0:
@@ -153,93 +147,21 @@ class LocalTransport:
                 os.close(fd)
 
 
-class _MappedRegion:
-    """Memory. A read is a view; a write is one copy."""
-
-    def __init__(self, description: AttachedRegion, fd: int) -> None:
-        self.size_bytes = description.block_count * description.block_size_bytes
-        self._data_offset = description.data_offset
-        self._mapping = mmap.mmap(fd, description.data_offset + self.size_bytes)
-        self._data = memoryview(self._mapping)[description.data_offset :]
-        self._readable = self._data.toreadonly()
-        os.close(fd)
-
-    async def read(self, offset: int, byte_count: int) -> Buffer:
-        return self._readable[offset : offset + byte_count]
-
-    async def write(self, offset: int, data: Buffer) -> None:
-        begin = self._data_offset + offset
-        _ = self._mapping[begin : begin + len(data) : FAULT_AROUND_BYTES]
-        self._data[offset : offset + len(data)] = data
-
-    async def flush(self) -> bool:
-        return False
-
-    async def close(self) -> None:
-        """The mapping itself goes with the last view that a reader still holds."""
-        del self._readable, self._data, self._mapping
+def _open_region(description: AttachedRegion, fd: int) -> LocalRegion:
+    """Takes ``fd`` over. Raises ``NotSupportedError`` for a kind of region that this client does
+    not know."""
+    match description.access:
+        case Access.MAP:
+            return MappedRegion(description, fd)
+        case Access.FILE:
+            return FileRegion(description, fd)
+    raise NotSupportedError(
+        f"region {description.region_id} is reached by {description.access.name}, which this "
+        "client cannot do: take 'local' out of its transports"
+    )
 
 
-class _FileRegion:
-    """Disk, through the page cache."""
-
-    def __init__(self, description: AttachedRegion, fd: int) -> None:
-        self.size_bytes = description.block_count * description.block_size_bytes
-        self._data_offset = description.data_offset
-        self._id = description.region_id
-        self._fd = fd
-        self._inline_writes = InlineWrites()
-        self._thread_count = 0
-        self._threads_ended = trio.lowlevel.ParkingLot()
-
-    async def read(self, offset: int, byte_count: int) -> Buffer:
-        buffer = bytearray(byte_count)
-        read = partial(read_exactly, self._fd, memoryview(buffer), self._data_offset + offset)
-        with self._device_errors("reading", offset, byte_count):
-            if not read(wait=False):
-                await self._in_thread(partial(read, wait=True))
-        return buffer
-
-    async def write(self, offset: int, data: Buffer) -> None:
-        view, position = memoryview(data), self._data_offset + offset
-        with self._device_errors("writing", offset, len(data)):
-            if self._inline_writes.allowed(len(data)):
-                self._inline_writes.write_all(self._fd, view, position)
-            else:
-                await self._in_thread(partial(write_all, self._fd, view, position))
-
-    async def flush(self) -> bool:
-        with self._device_errors("flushing", 0, self.size_bytes):
-            await self._in_thread(partial(os.fdatasync, self._fd))
-        return True
-
-    async def close(self) -> None:
-        """Waits for what threads are writing: afterwards nothing can change a block any more."""
-        while self._thread_count:
-            with trio.CancelScope(shield=True):
-                await self._threads_ended.park()
-        os.close(self._fd)
-
-    async def _in_thread(self, work: Callable[[], object]) -> None:
-        self._thread_count += 1
-        try:
-            await trio.to_thread.run_sync(work)
-        finally:
-            self._thread_count -= 1
-            self._threads_ended.unpark_all()
-
-    @contextlib.contextmanager
-    def _device_errors(self, action: str, offset: int, byte_count: int) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DamagedError(
-                f"{action} {byte_count} bytes at {offset} of region {self._id}: {error.strerror}; "
-                "check the device under it"
-            ) from error
-
-
-def _check_bounds(target: _Region, region: int, offset: int, byte_count: int) -> None:
+def _check_bounds(target: LocalRegion, region: int, offset: int, byte_count: int) -> None:
     if offset < 0 or byte_count < 0 or offset + byte_count > target.size_bytes:
         raise InvalidError(
             f"bytes {offset} to {offset + byte_count} are not in region {region}, which has "

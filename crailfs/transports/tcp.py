@@ -81,6 +81,9 @@ class TcpTransport:
             raise
         return transport
 
+    def in_place(self, region: int) -> bool:
+        return False
+
     async def read(self, region: int, offset: int, byte_count: int) -> Buffer:
         buffer = bytearray(byte_count)
         view = memoryview(buffer)

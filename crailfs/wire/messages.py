@@ -16,13 +16,138 @@ from crailfs.records import (
     Durability,
     Extent,
     NodeKind,
-    PlacedRegion,
     Record,
-    RegionInfo,
     Run,
     StorageClass,
-    StorageServerInfo,
-    Tier,
+)
+from crailfs.wire.storage_messages import (
+    Access as Access,
+)
+from crailfs.wire.storage_messages import (
+    AttachedRegion as AttachedRegion,
+)
+from crailfs.wire.storage_messages import (
+    AttachRegions as AttachRegions,
+)
+from crailfs.wire.storage_messages import (
+    AttachReply as AttachReply,
+)
+from crailfs.wire.storage_messages import (
+    Audit as Audit,
+)
+from crailfs.wire.storage_messages import (
+    AuditReply as AuditReply,
+)
+from crailfs.wire.storage_messages import (
+    BeginSalvage as BeginSalvage,
+)
+from crailfs.wire.storage_messages import (
+    ClientConnection as ClientConnection,
+)
+from crailfs.wire.storage_messages import (
+    ClusterMap as ClusterMap,
+)
+from crailfs.wire.storage_messages import (
+    ConnectQueuePair as ConnectQueuePair,
+)
+from crailfs.wire.storage_messages import (
+    EndSalvage as EndSalvage,
+)
+from crailfs.wire.storage_messages import (
+    FetchHeaderChanges as FetchHeaderChanges,
+)
+from crailfs.wire.storage_messages import (
+    FlushMethod as FlushMethod,
+)
+from crailfs.wire.storage_messages import (
+    FlushRegion as FlushRegion,
+)
+from crailfs.wire.storage_messages import (
+    FlushReply as FlushReply,
+)
+from crailfs.wire.storage_messages import (
+    FlushRung as FlushRung,
+)
+from crailfs.wire.storage_messages import (
+    GetClusterMap as GetClusterMap,
+)
+from crailfs.wire.storage_messages import (
+    GetStatistics as GetStatistics,
+)
+from crailfs.wire.storage_messages import (
+    GetStatus as GetStatus,
+)
+from crailfs.wire.storage_messages import (
+    HeaderChanges as HeaderChanges,
+)
+from crailfs.wire.storage_messages import (
+    HeaderPage as HeaderPage,
+)
+from crailfs.wire.storage_messages import (
+    HeartbeatReply as HeartbeatReply,
+)
+from crailfs.wire.storage_messages import (
+    Move as Move,
+)
+from crailfs.wire.storage_messages import (
+    MoveExtent as MoveExtent,
+)
+from crailfs.wire.storage_messages import (
+    Moves as Moves,
+)
+from crailfs.wire.storage_messages import (
+    NextMoves as NextMoves,
+)
+from crailfs.wire.storage_messages import (
+    QueuePairEnd as QueuePairEnd,
+)
+from crailfs.wire.storage_messages import (
+    QueuePairReply as QueuePairReply,
+)
+from crailfs.wire.storage_messages import (
+    ReadBlocks as ReadBlocks,
+)
+from crailfs.wire.storage_messages import (
+    ReadHeaders as ReadHeaders,
+)
+from crailfs.wire.storage_messages import (
+    RegionState as RegionState,
+)
+from crailfs.wire.storage_messages import (
+    RegisterReply as RegisterReply,
+)
+from crailfs.wire.storage_messages import (
+    RegisterStorage as RegisterStorage,
+)
+from crailfs.wire.storage_messages import (
+    RemoteRegion as RemoteRegion,
+)
+from crailfs.wire.storage_messages import (
+    ReportFailed as ReportFailed,
+)
+from crailfs.wire.storage_messages import (
+    SalvageFile as SalvageFile,
+)
+from crailfs.wire.storage_messages import (
+    Statistics as Statistics,
+)
+from crailfs.wire.storage_messages import (
+    Status as Status,
+)
+from crailfs.wire.storage_messages import (
+    StorageHeartbeat as StorageHeartbeat,
+)
+from crailfs.wire.storage_messages import (
+    StorageStatus as StorageStatus,
+)
+from crailfs.wire.storage_messages import (
+    StorageStatusReply as StorageStatusReply,
+)
+from crailfs.wire.storage_messages import (
+    TierStatistics as TierStatistics,
+)
+from crailfs.wire.storage_messages import (
+    WriteBlocks as WriteBlocks,
 )
 
 Message = Record
@@ -272,23 +397,6 @@ class XattrNames(Message, frozen=True):
     names: tuple[bytes, ...]
 
 
-class TierStatistics(Message, frozen=True):
-    tier: Tier
-    total_blocks: int
-    free_blocks: int
-    """Counting what awaits reclaim: it comes back by itself."""
-
-
-class GetStatistics(Message, frozen=True):
-    pass
-
-
-class Statistics(Message, frozen=True):
-    block_size_bytes: int
-    node_count: int
-    tiers: tuple[TierStatistics, ...]
-
-
 # --- data ---------------------------------------------------------------------------------------
 
 
@@ -376,141 +484,6 @@ class SyncMetadata(Message, frozen=True):
     """Answered when everything acknowledged before outlives a power cut."""
 
 
-# --- membership and operation -------------------------------------------------------------------
-
-
-class RegisterStorage(Message, frozen=True):
-    server: StorageServerInfo
-    regions: tuple[RegionInfo, ...]
-
-
-class RegisterReply(Message, frozen=True):
-    region_ids: tuple[int, ...]
-    """In the order asked."""
-    fence: tuple[int, ...]
-    """Clients that must be cut off; answer in the next heartbeat's ``fenced``."""
-
-
-class RegionState(Message, frozen=True):
-    region_id: int
-    usable_blocks: int
-    """Blocks from the region's start that may be handed out already (memory is provisioned in
-    the background)."""
-    failed_blocks: tuple[int, ...]
-    """Never to be handed out again."""
-
-
-class StorageHeartbeat(Message, frozen=True):
-    server_id: bytes
-    regions: tuple[RegionState, ...]
-    fenced: tuple[int, ...]
-    """Clients that can no longer reach any block of this server by an old grant."""
-
-
-class HeartbeatReply(Message, frozen=True):
-    known: bool
-    """False: register again."""
-    fence: tuple[int, ...]
-    high_water_blocks: tuple[int, ...]
-    """Per region: one past the highest block handed out; provisioning stays ahead of it."""
-
-
-class GetClusterMap(Message, frozen=True):
-    pass
-
-
-class ClusterMap(Message, frozen=True):
-    cluster_id: bytes
-    block_size_bytes: int
-    servers: tuple[StorageServerInfo, ...]
-    regions: tuple[PlacedRegion, ...]
-
-
-class GetStatus(Message, frozen=True):
-    pass
-
-
-class Status(Message, frozen=True):
-    """For ``crail status``: the map, use and the metadata server's own counters."""
-
-    cluster: ClusterMap
-    statistics: Statistics
-    session_count: int
-    epoch: int
-    uptime_seconds: float
-    counters: dict[str, int]
-
-
-class Audit(Message, frozen=True):
-    pass
-
-
-class AuditReply(Message, frozen=True):
-    findings: tuple[str, ...]
-    """Broken invariants, for people; empty: none."""
-    counts: dict[str, int]
-
-
-# --- storage ------------------------------------------------------------------------------------
-
-
-class AttachRegions(Message, frozen=True):
-    """Unix sockets only: the reply comes with one file descriptor a region, in order, and last
-    one descriptor of the client's life line (see docs/design.md, fencing)."""
-
-    client_id: int
-
-
-class AttachedRegion(Message, frozen=True):
-    region_id: int
-    tier: Tier
-    block_size_bytes: int
-    block_count: int
-    data_offset: int
-    """Where block 0 begins in the file, in bytes: before it lies the superblock."""
-    mappable: bool
-    """Whether to reach it by mmap (memory) or by pread and pwrite (files on disk)."""
-
-
-class AttachReply(Message, frozen=True):
-    regions: tuple[AttachedRegion, ...]
-
-
-class ReadBlocks(Message, frozen=True):
-    """The reply's payload is ``byte_count`` bytes from ``offset`` on, in bytes from the region's
-    first block."""
-
-    region: int
-    offset: int
-    byte_count: int
-
-
-class WriteBlocks(Message, frozen=True):
-    """The request's payload goes to ``offset``; refused if the block has a newer generation."""
-
-    region: int
-    offset: int
-    generation: int
-
-
-class FlushRegion(Message, frozen=True):
-    """Answered when all that this connection wrote to the region is as durable as it can be."""
-
-    region: int
-
-
-class FlushReply(Message, frozen=True):
-    durable: bool
-
-
-class StorageStatus(Message, frozen=True):
-    pass
-
-
-class StorageStatusReply(Message, frozen=True):
-    counters: dict[str, int]
-
-
 # --- the table ----------------------------------------------------------------------------------
 
 
@@ -553,11 +526,20 @@ class Opcode(enum.IntEnum):
     GET_CLUSTER_MAP = 62
     GET_STATUS = 63
     AUDIT = 64
+    FETCH_HEADER_CHANGES = 65
+    BEGIN_SALVAGE = 66
+    SALVAGE_FILE = 67
+    END_SALVAGE = 68
+    NEXT_MOVES = 69
+    MOVE_EXTENT = 70
     ATTACH_REGIONS = 80
     READ_BLOCKS = 81
     WRITE_BLOCKS = 82
     FLUSH_REGION = 83
     STORAGE_STATUS = 84
+    REPORT_FAILED = 85
+    READ_HEADERS = 86
+    CONNECT_QUEUE_PAIR = 87
 
 
 OPERATIONS: dict[Opcode, Operation] = {
@@ -596,5 +578,14 @@ OPERATIONS: dict[Opcode, Operation] = {
     Opcode.WRITE_BLOCKS: Operation(WriteBlocks, Empty, mutates=True, request_payload=True),
     Opcode.FLUSH_REGION: Operation(FlushRegion, FlushReply),
     Opcode.STORAGE_STATUS: Operation(StorageStatus, StorageStatusReply),
+    Opcode.REPORT_FAILED: Operation(ReportFailed, Empty),
+    Opcode.READ_HEADERS: Operation(ReadHeaders, HeaderPage),
+    Opcode.CONNECT_QUEUE_PAIR: Operation(ConnectQueuePair, QueuePairReply),
+    Opcode.FETCH_HEADER_CHANGES: Operation(FetchHeaderChanges, HeaderChanges, mutates=True),
+    Opcode.BEGIN_SALVAGE: Operation(BeginSalvage, Empty, mutates=True),
+    Opcode.SALVAGE_FILE: Operation(SalvageFile, Empty, mutates=True),
+    Opcode.END_SALVAGE: Operation(EndSalvage, Empty, mutates=True),
+    Opcode.NEXT_MOVES: Operation(NextMoves, Moves),
+    Opcode.MOVE_EXTENT: Operation(MoveExtent, Empty, mutates=True),
 }
 assert set(OPERATIONS) == set(Opcode), "every opcode has its row"

@@ -13,6 +13,8 @@ from crailfs.config import RegionConfig
 from crailfs.errors import ConfigurationError
 from crailfs.records import Tier
 from storage_server.media.disk import DiskMedium
+from storage_server.media.headers import HeaderStore
+from storage_server.media.layout import Layout
 from storage_server.media.memory import MemoryMedium
 from storage_server.media.superblock import Superblock
 
@@ -22,32 +24,47 @@ class Medium(Protocol):
 
     path: Path
     superblock: Superblock
+    kind: str
+    """For people: ``tmpfs``, ``devdax``, ``file with direct I/O`` and so on."""
     durable: bool
     """Whether ``flush`` makes bytes outlive a power cut."""
-    mappable: bool
-    """Whether clients of this host map the file; otherwise they read and write it."""
+    layout: Layout
+    """How clients of this host reach the blocks through ``shared_fd``."""
     shared_fd: int
     """What clients of this host are passed: an open of the file that holds no lock of ours."""
     blocks: memoryview | None
-    """All blocks, mapped: payloads go straight into them and out of them. None: use ``read_into``
-    and ``write``."""
+    """All blocks, mapped: payloads go straight into them and out of them. None: use the reads and
+    writes below."""
     usable_blocks: int
     """Blocks from the start that may be handed out."""
 
-    def read_into(self, offset: int, buffer: memoryview, *, wait: bool) -> bool:
-        """Fill ``buffer`` from ``offset``; without ``wait``, False if a device would be waited for.
+    @property
+    def headers(self) -> HeaderStore | None:
+        """None: the medium keeps none."""
 
-        Raises ``OSError`` if the device cannot deliver the bytes.
-        """
+    def try_read(self, offset: int, buffer: memoryview) -> bool:
+        """``read`` in the event loop; False if the device would have to be waited for."""
 
-    def write_inline(self, offset: int, data: memoryview) -> bool:
-        """``write`` in the event loop, or False if that should be left to a thread."""
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``offset``. Raises ``OSError`` if the device cannot deliver it."""
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """May wait for the device. Raises ``OSError`` if it does not take the bytes."""
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """``write`` in the event loop; False if the device would have to be waited for."""
 
-    def flush(self) -> bool:
-        """Make all bytes written before as durable as they can be; waits. True: durable."""
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Any later read sees ``data``. Goes on to its end when it is cancelled: an abandoned write
+        never arrives later. Raises ``OSError`` if the device does not take the bytes."""
+
+    def persist(self, offset: int, byte_count: int) -> None:
+        """These bytes were put into ``blocks`` directly: where the medium can make them durable
+        without waiting for a device (persistent memory), do it now."""
+
+    async def flush(self) -> bool:
+        """Make all bytes written before as durable as they can be. True: they outlive a power cut.
+        Raises ``OSError`` if the device fails."""
+
+    async def discard(self, first_block: int, block_count: int) -> None:
+        """Nobody needs these blocks' bytes: tell the device, if it wants to know."""
 
     def provision(self, wanted_blocks: int) -> bool:
         """Take one bounded step of making blocks below ``wanted_blocks`` usable and fast; waits.

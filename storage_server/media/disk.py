@@ -7,18 +7,29 @@ it back never costs a disk access. ``flush`` is ``fdatasync``.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import trio
 
 from crailfs.config import RegionConfig
 from crailfs.transports.file_io import InlineWrites, read_exactly, write_all
+from crailfs.wire.messages import Access, FlushMethod
+from storage_server.media.layout import Layout
 from storage_server.media.region_file import RegionFile, open_region_file
 from storage_server.media.superblock import DATA_OFFSET_BYTES, Superblock
+
+THREADS_MAX: Final = 8
 
 
 class DiskMedium:
     """See ``Medium``. Durable after ``flush``."""
 
     durable = True
-    mappable = False
+    kind = "file"
+    layout = Layout(DATA_OFFSET_BYTES, Access.FILE, FlushMethod.FILE)
+    headers = None
 
     def __init__(self, file: RegionFile) -> None:
         self._file = file
@@ -27,6 +38,7 @@ class DiskMedium:
         self.shared_fd = file.shared_fd
         self.blocks: memoryview | None = None
         self._inline_writes = InlineWrites()
+        self._threads = trio.CapacityLimiter(THREADS_MAX)
         self.usable_blocks = file.superblock.block_count
 
     @classmethod
@@ -45,21 +57,40 @@ class DiskMedium:
             )
         )
 
-    def read_into(self, offset: int, buffer: memoryview, *, wait: bool) -> bool:
-        return read_exactly(self._file.fd, buffer, DATA_OFFSET_BYTES + offset, wait=wait)
+    def try_read(self, offset: int, buffer: memoryview) -> bool:
+        return read_exactly(self._file.fd, buffer, DATA_OFFSET_BYTES + offset, wait=False)
 
-    def write_inline(self, offset: int, data: memoryview) -> bool:
-        if not self._inline_writes.allowed(len(data)):
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await self._in_thread(
+            partial(read_exactly, self._file.fd, buffer, DATA_OFFSET_BYTES + offset, wait=True)
+        )
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        position = DATA_OFFSET_BYTES + offset
+        if self._inline_writes.allowed(len(data)):
+            self._inline_writes.write_all(self._file.fd, data, position)
+            return True
+        if self._threads.available_tokens:
             return False
-        self._inline_writes.write_all(self._file.fd, data, DATA_OFFSET_BYTES + offset)
+        # All threads are taken: writing here makes everybody wait, the sender too.
+        write_all(self._file.fd, data, position)
         return True
 
-    def write(self, offset: int, data: memoryview) -> None:
-        write_all(self._file.fd, data, DATA_OFFSET_BYTES + offset)
+    async def write(self, offset: int, data: memoryview) -> None:
+        await self._in_thread(partial(write_all, self._file.fd, data, DATA_OFFSET_BYTES + offset))
 
-    def flush(self) -> bool:
-        os.fdatasync(self._file.fd)
+    def persist(self, offset: int, byte_count: int) -> None:
+        """Nothing is mapped."""
+
+    async def flush(self) -> bool:
+        await self._in_thread(partial(os.fdatasync, self._file.fd))
         return True
+
+    async def discard(self, first_block: int, block_count: int) -> None:
+        """The file keeps its room."""
+
+    async def _in_thread(self, work: Callable[[], object]) -> None:
+        await trio.to_thread.run_sync(work, limiter=self._threads)
 
     def provision(self, wanted_blocks: int) -> bool:
         return False

@@ -19,6 +19,8 @@ from typing import Final
 from crailfs.config import RegionConfig
 from crailfs.errors import NoSpaceError
 from crailfs.units import KIB, MIB, format_bytes
+from crailfs.wire.messages import Access
+from storage_server.media.layout import Layout
 from storage_server.media.region_file import RegionFile, open_region_file
 from storage_server.media.superblock import DATA_OFFSET_BYTES, Superblock
 
@@ -42,7 +44,9 @@ class MemoryMedium:
     """See ``Medium``. Never durable: the bytes outlive every process, not the host."""
 
     durable = False
-    mappable = True
+    kind = "tmpfs"
+    layout = Layout(DATA_OFFSET_BYTES, Access.MAP)
+    headers = None
 
     def __init__(self, file: RegionFile) -> None:
         self._file = file
@@ -73,19 +77,28 @@ class MemoryMedium:
             )
         )
 
-    def read_into(self, offset: int, buffer: memoryview, *, wait: bool) -> bool:
+    def try_read(self, offset: int, buffer: memoryview) -> bool:
         buffer[:] = self._data[offset : offset + len(buffer)]
         return True
 
-    def write_inline(self, offset: int, data: memoryview) -> bool:
-        self.write(offset, data)
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        self.try_read(offset, buffer)
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        self._data[offset : offset + len(data)] = data
         return True
 
-    def write(self, offset: int, data: memoryview) -> None:
-        self._data[offset : offset + len(data)] = data
+    async def write(self, offset: int, data: memoryview) -> None:
+        self.try_write(offset, data)
 
-    def flush(self) -> bool:
+    def persist(self, offset: int, byte_count: int) -> None:
+        """Nothing makes memory durable."""
+
+    async def flush(self) -> bool:
         return False
+
+    async def discard(self, first_block: int, block_count: int) -> None:
+        """The pages stay reserved."""
 
     def provision(self, wanted_blocks: int) -> bool:
         wanted_blocks = min(wanted_blocks, self.superblock.block_count)

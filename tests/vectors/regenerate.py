@@ -20,8 +20,10 @@ from crailfs.errors import ERRORS_BY_CODE
 from crailfs.records import (
     ANY_TIER,
     Attributes,
+    BlockHeader,
     Durability,
     Extent,
+    HeaderChange,
     Location,
     NodeKind,
     PlacedRegion,
@@ -75,6 +77,7 @@ EXTENT = Extent(
 )  # fmt: skip
 RUN = Run(region=4, block=100, block_count=64, generation=12)
 REGION = RegionInfo(REGION_UUID, Tier.MEMORY, 65_536, 16_384, False, "/dev/shm/region-0")
+QUEUE_PAIR_END = m.QueuePairEnd(bytes(range(16)), 0x11, 0xABCDE, 3, True, 16)
 SERVER = StorageServerInfo(
     id=SERVER_ID, host="node-1", rack="rack-2", unix_path="/run/crail/storage.sock",
     tcp_host="10.0.0.1", tcp_port=9061, boot_id="0f3c", alive=True, seconds_since_heard=0.25,
@@ -159,12 +162,48 @@ SAMPLES: dict[Opcode, tuple[Message, Message]] = {
     Opcode.AUDIT: (m.Audit(), m.AuditReply(("I1: block 7 is lost",), {"nodes": 2})),
     Opcode.ATTACH_REGIONS: (
         m.AttachRegions(CLIENT_ID),
-        m.AttachReply((m.AttachedRegion(4, Tier.MEMORY, 65_536, 16_384, 4_096, True),)),
+        m.AttachReply((m.AttachedRegion(4, Tier.MEMORY, 65_536, 16_384, 4_096, m.Access.MAP),)),
     ),
     Opcode.READ_BLOCKS: (m.ReadBlocks(4, 1 << 40, len(PAYLOAD)), m.Empty()),
     Opcode.WRITE_BLOCKS: (m.WriteBlocks(4, 65_536, 12), m.Empty()),
     Opcode.FLUSH_REGION: (m.FlushRegion(4), m.FlushReply(False)),
-    Opcode.STORAGE_STATUS: (m.StorageStatus(), m.StorageStatusReply({"bytes_read": 1 << 40})),
+    Opcode.STORAGE_STATUS: (
+        m.StorageStatus(),
+        m.StorageStatusReply(
+            {"bytes_read": 1 << 40},
+            (m.ClientConnection(CLIENT_ID, "10.0.0.2:50000", "rdma", m.FlushRung.RDMA_FLUSH),),
+        ),
+    ),
+    Opcode.REPORT_FAILED: (m.ReportFailed(4, 65_536, 4_096), m.Empty()),
+    Opcode.READ_HEADERS: (
+        m.ReadHeaders(4, 16, 1_024),
+        m.HeaderPage((BlockHeader(17, INO, 3, 12, 4_464, 4_000, 1 << 63),), 16_384),
+    ),
+    Opcode.CONNECT_QUEUE_PAIR: (
+        m.ConnectQueuePair(QUEUE_PAIR_END),
+        m.QueuePairReply(
+            QUEUE_PAIR_END, (m.RemoteRegion(4, 1 << 46, 0x1234, 1 << 30, True, True),)
+        ),
+    ),
+    Opcode.FETCH_HEADER_CHANGES: (
+        m.FetchHeaderChanges(SERVER_ID, 7, 4_096),
+        m.HeaderChanges(
+            (
+                HeaderChange(4, 100, 2, INO, 3, 12, 4_464, 4_000, bytes(range(16))),
+                HeaderChange(4, 90, 5, 0),
+            ),
+            9,
+            True,
+        ),
+    ),
+    Opcode.BEGIN_SALVAGE: (m.BeginSalvage(INO + 1, 13), m.Empty()),
+    Opcode.SALVAGE_FILE: (m.SalvageFile(INO, 70_000, (EXTENT,)), m.Empty()),
+    Opcode.END_SALVAGE: (m.EndSalvage((4,)), m.Empty()),
+    Opcode.NEXT_MOVES: (
+        m.NextMoves(SERVER_ID, 16),
+        m.Moves((m.Move(FILE, EXTENT, Tier.NVME),)),
+    ),
+    Opcode.MOVE_EXTENT: (m.MoveExtent(INO, EXTENT, (EXTENT,)), m.Empty()),
 }
 
 
