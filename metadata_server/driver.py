@@ -149,7 +149,8 @@ class Driver:
         try:
             return audit.audit(self._txn)
         except lmdb.Error as error:
-            raise _damaged(error) from error
+            # LMDB refuses everything else in a transaction in which a read has failed.
+            raise self._recover(self._txn.mark(), "audit", error) from error
 
     def _holders_for(self, client_id: int) -> Callable[[int], frozenset[int]]:
         return partial(self._holders, client_id)
