@@ -53,9 +53,9 @@ def medium(config: RegionConfig) -> Iterator[Medium]:
     medium.close()
 
 
-def read(medium: Medium, offset: int, byte_count: int) -> bytes:
+async def read(medium: Medium, offset: int, byte_count: int) -> bytes:
     buffer = bytearray(byte_count)
-    assert medium.read_into(offset, memoryview(buffer), wait=True)
+    await medium.read(offset, memoryview(buffer))
     return bytes(buffer)
 
 
@@ -65,37 +65,37 @@ def test_has_the_configured_number_of_blocks_and_all_become_usable(medium: Mediu
 
 
 @pytest.mark.parametrize("offset", [0, 1, BLOCK - 1, 4 * MIB - 5000])
-def test_reads_back_what_was_written(medium: Medium, offset: int) -> None:
+async def test_reads_back_what_was_written(medium: Medium, offset: int) -> None:
     data = os.urandom(5000)
-    medium.write(offset, memoryview(data))
-    assert read(medium, offset, 5000) == data
+    await medium.write(offset, memoryview(data))
+    assert await read(medium, offset, 5000) == data
 
 
-def test_the_last_byte_of_the_region_is_there(medium: Medium) -> None:
-    medium.write(4 * MIB - 1, memoryview(b"z"))
-    assert read(medium, 4 * MIB - 1, 1) == b"z"
+async def test_the_last_byte_of_the_region_is_there(medium: Medium) -> None:
+    await medium.write(4 * MIB - 1, memoryview(b"z"))
+    assert await read(medium, 4 * MIB - 1, 1) == b"z"
 
 
-def test_shared_descriptor_sees_the_same_bytes(medium: Medium) -> None:
-    medium.write(BLOCK, memoryview(b"from the server"))
+async def test_shared_descriptor_sees_the_same_bytes(medium: Medium) -> None:
+    await medium.write(BLOCK, memoryview(b"from the server"))
     assert os.pread(medium.shared_fd, 15, DATA_OFFSET_BYTES + BLOCK) == b"from the server"
     os.pwrite(medium.shared_fd, b"from a client", DATA_OFFSET_BYTES)
-    assert read(medium, 0, 13) == b"from a client"
+    assert await read(medium, 0, 13) == b"from a client"
 
 
-def test_only_a_durable_medium_says_so(medium: Medium) -> None:
-    assert medium.flush() is medium.durable is (medium.superblock.tier == Tier.DISK)
+async def test_only_a_durable_medium_says_so(medium: Medium) -> None:
+    assert await medium.flush() is medium.durable is (medium.superblock.tier == Tier.DISK)
 
 
-def test_keeps_uuid_and_bytes_when_opened_again(config: RegionConfig) -> None:
+async def test_keeps_uuid_and_bytes_when_opened_again(config: RegionConfig) -> None:
     first = open_(config)
     provision_all(first)
-    first.write(3 * BLOCK, memoryview(b"kept"))
+    await first.write(3 * BLOCK, memoryview(b"kept"))
     first.close()
     again = open_(config, known=first.superblock.region_uuid)
     assert again.superblock == first.superblock
     assert again.usable_blocks == 64
-    assert read(again, 3 * BLOCK, 4) == b"kept"
+    assert await read(again, 3 * BLOCK, 4) == b"kept"
     again.close()
 
 
@@ -205,13 +205,13 @@ def test_a_missing_directory_is_named(config: RegionConfig, tmp_path: Path) -> N
         open_(RegionConfig(tier=config.tier, path=path, size_bytes=MIB))
 
 
-def test_what_a_crash_left_of_making_a_region_is_made_anew(
+async def test_what_a_crash_left_of_making_a_region_is_made_anew(
     config: RegionConfig, path: Path
 ) -> None:
     path.with_name(".region.new").write_bytes(b"half made" * 1000)
     medium = open_(config)
     provision_all(medium)
-    assert read(medium, 0, 100) == bytes(100)
+    assert await read(medium, 0, 100) == bytes(100)
     assert [entry.name for entry in path.parent.iterdir()] == ["region"]
     medium.close()
 
@@ -258,18 +258,18 @@ def test_memory_is_reserved_only_as_far_as_asked(
     medium.close()
 
 
-def test_an_unreadable_note_of_progress_costs_only_another_reservation(path: Path) -> None:
+async def test_an_unreadable_note_of_progress_costs_only_another_reservation(path: Path) -> None:
     config = RegionConfig(tier=Tier.MEMORY, path=path, size_bytes=MIB)
     medium = open_(config)
     provision_all(medium)
-    medium.write(0, memoryview(b"still here"))
+    await medium.write(0, memoryview(b"still here"))
     medium.close()
     flip_bit(path, 16 * KIB)
     again = open_(config)
     assert again.usable_blocks == 0
     provision_all(again)
     assert again.usable_blocks == 16
-    assert read(again, 0, 10) == b"still here"
+    assert await read(again, 0, 10) == b"still here"
     again.close()
 
 

@@ -71,7 +71,7 @@ async def cluster(directory: Path) -> AsyncIterator[tuple[FakeMetadata, StorageC
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write to a disk goes to a thread, as if the device had fallen behind."""
-    monkeypatch.setattr("storage_server.media.disk.DiskMedium.write_inline", lambda *_: False)
+    monkeypatch.setattr("storage_server.media.disk.DiskMedium.try_write", lambda *_: False)
 
 
 @contextlib.asynccontextmanager
@@ -481,7 +481,7 @@ async def test_a_client_is_not_fenced_while_a_thread_writes_for_it(
         started.set()
         assert may_end.wait(20)
 
-    monkeypatch.setattr("storage_server.media.disk.DiskMedium.write", write)
+    monkeypatch.setattr("storage_server.media.disk.write_all", write)
     async with cluster(tmp_path) as (metadata, _), attached(metadata, "tcp") as transport:
         region = metadata.region_id(Tier.DISK)
 
@@ -503,16 +503,20 @@ async def test_a_client_is_not_fenced_while_a_thread_writes_for_it(
 async def test_a_failing_device_is_an_error_and_its_blocks_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline: bool
 ) -> None:
-    def fail(*_: object, **__: object) -> bool:
+    def fail_at_once(*_: object) -> bool:
+        raise OSError(5, "Input/output error")
+
+    async def fail(*_: object) -> bool:
         raise OSError(5, "Input/output error")
 
     async with cluster(tmp_path) as (metadata, _), attached(metadata, "tcp") as transport:
         region = metadata.region_id(Tier.DISK)
-        monkeypatch.setattr("storage_server.media.disk.DiskMedium.write", fail)
-        write_inline = fail if inline else lambda *_: False
-        monkeypatch.setattr("storage_server.media.disk.DiskMedium.write_inline", write_inline)
-        monkeypatch.setattr("storage_server.media.disk.DiskMedium.read_into", fail)
-        monkeypatch.setattr("storage_server.media.disk.DiskMedium.flush", fail)
+        medium = "storage_server.media.disk.DiskMedium"
+        for operation in ("try_read", "try_write"):
+            at_once = fail_at_once if inline else lambda *_: False
+            monkeypatch.setattr(f"{medium}.{operation}", at_once)
+        for operation in ("read", "write", "flush"):
+            monkeypatch.setattr(f"{medium}.{operation}", fail)
         for call in (
             transport.write(region, 3 * BLOCK, 1, b"x" * (BLOCK + 1)),
             transport.read(region, 9 * BLOCK, 1),
