@@ -115,6 +115,8 @@ class Placement(Record, frozen=True):
     """Whether the mover leaves the node's blocks where they are."""
     ttl_s: int = 0
     """Seconds without use after which the node is removed; 0: never."""
+    ttl_is_own: bool = False
+    """Whether ``ttl_s`` was set on this very node: a directory then stays, however old it is."""
 
 
 class Attributes(Record, frozen=True):
@@ -143,6 +145,12 @@ class Attributes(Record, frozen=True):
     placement: Placement
     target: bytes = b""
     """A symlink's target."""
+    moves: int = 0
+    """Changes whenever some of the node's blocks are moved to other places: with ``data_version``
+    it tells whether a map of them still holds."""
+    synced: bool = False
+    """Whether somebody has asked for its bytes to outlive a power cut: from where they do, they
+    are not moved to where they do not."""
 
     @property
     def st_mode(self) -> int:
@@ -206,6 +214,8 @@ class RegionInfo(Record, frozen=True):
     """Whether the region notes whose each block is: see ``BlockHeader``."""
     held_blocks: int = 0
     """How many blocks its headers say are some file's, at the time of registration."""
+    header_sequence: int = 0
+    """Of the last ``HeaderChange`` that is durable in it, at the time of registration."""
 
 
 class BlockHeader(Record, frozen=True):
@@ -245,6 +255,8 @@ class PlacedRegion(Record, frozen=True):
     id: int
     server_id: bytes
     info: RegionInfo
+    unclaimed: bool = False
+    """Whether it holds blocks of a name space that this one is not: nothing is granted there."""
 
 
 class StorageServerInfo(Record, frozen=True):

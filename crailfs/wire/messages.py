@@ -114,6 +114,9 @@ from crailfs.wire.storage_messages import (
     RegionState as RegionState,
 )
 from crailfs.wire.storage_messages import (
+    RegionUse as RegionUse,
+)
+from crailfs.wire.storage_messages import (
     RegisterReply as RegisterReply,
 )
 from crailfs.wire.storage_messages import (

@@ -93,6 +93,19 @@ class GetStatus(Message, frozen=True):
     pass
 
 
+class RegionUse(Message, frozen=True):
+    region_id: int
+    free_blocks: int
+    """Counting what is not yet provisioned."""
+    returning_blocks: int
+    """They come free by themselves, and are not counted as free."""
+    failed_blocks: int
+    lost: bool
+    """Its server came back without it."""
+    unclaimed: bool
+    """It holds blocks of a lost name space: nothing is granted in it."""
+
+
 class Status(Message, frozen=True):
     """For ``crail status``: the map, use and the metadata server's own counters."""
 
@@ -102,6 +115,8 @@ class Status(Message, frozen=True):
     epoch: int
     uptime_seconds: float
     counters: dict[str, int]
+    regions: tuple[RegionUse, ...] = ()
+    """In the order of their ids."""
 
 
 class Audit(Message, frozen=True):
@@ -317,6 +332,8 @@ class Move(Message, frozen=True):
 
 class Moves(Message, frozen=True):
     moves: tuple[Move, ...]
+    urgent: bool = False
+    """A tier is nearly full: do not wait until the server is idle."""
 
 
 class MoveExtent(Message, frozen=True):
