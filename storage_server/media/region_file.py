@@ -79,11 +79,25 @@ def open_region_file(
     try:
         _lock(fd, path)
         superblock = read_superblock(fd, path)
-        _check_fits(config, superblock, cluster_id, block_size_bytes, known_uuid)
+        check_fits(config, superblock, cluster_id, block_size_bytes, known_uuid)
         return RegionFile(path, fd, _reopen(fd), superblock)
     except BaseException:
         os.close(fd)
         raise
+
+
+def new_superblock(
+    config: RegionConfig, size_bytes: int, cluster_id: bytes, block_size_bytes: int
+) -> Superblock:
+    """For a new region with room for ``size_bytes`` of blocks. Raises ``ConfigurationError`` if
+    that is too little or too much."""
+    block_count = size_bytes // block_size_bytes
+    if not 1 <= block_count <= REGION_BLOCKS_MAX:
+        raise ConfigurationError(
+            f"region {config.path}: size_bytes = {size_bytes} makes {block_count} blocks of "
+            f"{block_size_bytes} bytes; expected 1 to {REGION_BLOCKS_MAX} blocks"
+        )
+    return Superblock(uuid.uuid4().bytes, cluster_id, config.tier, block_size_bytes, block_count)
 
 
 def _make(
@@ -91,15 +105,7 @@ def _make(
 ) -> RegionFile:
     """A new region under another name first: a crash leaves no half-made region behind."""
     path = config.path
-    block_count = config.size_bytes // block_size_bytes
-    if not 1 <= block_count <= REGION_BLOCKS_MAX:
-        raise ConfigurationError(
-            f"region {path}: size_bytes = {config.size_bytes} makes {block_count} blocks of "
-            f"{block_size_bytes} bytes; expected 1 to {REGION_BLOCKS_MAX} blocks"
-        )
-    superblock = Superblock(
-        uuid.uuid4().bytes, cluster_id, config.tier, block_size_bytes, block_count
-    )
+    superblock = new_superblock(config, config.size_bytes, cluster_id, block_size_bytes)
     unfinished = path.with_name(f".{path.name}.new")
     try:
         fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -115,7 +121,7 @@ def _make(
         write_superblock(fd, superblock)
         os.fsync(fd)
         os.rename(unfinished, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         log.info("made region %s: %s", path, format_bytes(superblock.data_size_bytes))
         return RegionFile(path, fd, _reopen(fd), superblock)
     except OSError as error:
@@ -145,7 +151,8 @@ def _reopen(fd: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make the names in it durable."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -153,13 +160,14 @@ def _sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def _check_fits(
+def check_fits(
     config: RegionConfig,
     superblock: Superblock,
     cluster_id: bytes,
     block_size_bytes: int,
     known_uuid: bytes | None,
 ) -> None:
+    """Raises as ``open_region_file`` does if this is not the region that is expected."""
     path = config.path
     if superblock.cluster_id != cluster_id:
         raise BusyError(

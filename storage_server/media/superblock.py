@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -82,6 +83,26 @@ def read_superblock(fd: int, path: Path) -> Superblock:
     the file is shorter than it must be, ``NotSupportedError`` for another format version.
     """
     copies = [os.pread(fd, SUPERBLOCK_BYTES, offset) for offset in COPY_OFFSETS_BYTES]
+    superblock = decode_superblock(copies, path)
+    size_bytes = os.fstat(fd).st_size
+    if size_bytes < superblock.file_size_bytes:
+        raise cut_short(path, size_bytes, superblock.file_size_bytes)
+    for offset, copy in zip(COPY_OFFSETS_BYTES, copies, strict=True):
+        if copy != superblock.encode():
+            log.warning("region %s: repairing the superblock copy at byte %d", path, offset)
+            os.pwrite(fd, superblock.encode(), offset)
+    return superblock
+
+
+def cut_short(path: Path, size_bytes: int, expected_bytes: int) -> DamagedError:
+    return DamagedError(
+        f"region {path} is cut short: {size_bytes} of {expected_bytes} bytes. "
+        "Restore the file, or move it away and take the region out of the configuration"
+    )
+
+
+def decode_superblock(copies: Sequence[bytes], path: Path) -> Superblock:
+    """What the copies that check agree on. Raises as ``read_superblock`` does."""
     good = [copy for copy in copies if _checks(copy)]
     if not good:
         if any(copy.startswith(MAGIC) for copy in copies):
@@ -99,18 +120,7 @@ def read_superblock(fd: int, path: Path) -> Superblock:
             f"region {path}: the two copies of its superblock contradict each other. Restore the "
             "file, or move it away and take the region out of the configuration"
         )
-    superblock = _decode(good[0], path)
-    size_bytes = os.fstat(fd).st_size
-    if size_bytes < superblock.file_size_bytes:
-        raise DamagedError(
-            f"region {path} is cut short: {size_bytes} of {superblock.file_size_bytes} bytes. "
-            "Restore the file, or move it away and take the region out of the configuration"
-        )
-    for offset, copy in zip(COPY_OFFSETS_BYTES, copies, strict=True):
-        if copy != good[0]:
-            log.warning("region %s: repairing the superblock copy at byte %d", path, offset)
-            os.pwrite(fd, good[0], offset)
-    return superblock
+    return _decode(good[0], path)
 
 
 def _checks(copy: bytes) -> bool:
