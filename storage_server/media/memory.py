@@ -119,7 +119,7 @@ class MemoryMedium:
 
     def _reserve(self, end_block: int) -> None:
         begin, end = self._byte_range(self.usable_blocks, end_block)
-        available_bytes = _host_memory_available_bytes()
+        available_bytes = host_memory_available_bytes()
         if available_bytes < end - begin + HOST_MEMORY_FLOOR_BYTES:
             raise NoSpaceError(
                 f"region {self.path} stays at {format_bytes(begin)} for now: the host has "
@@ -165,7 +165,8 @@ def _allocate(fd: int, superblock: Superblock) -> None:
     os.posix_fallocate(fd, 0, DATA_OFFSET_BYTES)
 
 
-def _host_memory_available_bytes() -> int:
+def host_memory_available_bytes() -> int:
+    """What the kernel could still give to programs without swapping."""
     with open("/proc/meminfo", encoding="ascii") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):

@@ -278,7 +278,7 @@ def test_a_host_short_of_memory_stops_growth_until_there_is_some(
 ) -> None:
     medium = open_(RegionConfig(tier=Tier.MEMORY, path=path, size_bytes=MIB))
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "_host_memory_available_bytes", lambda: 100 * MIB)
+        patch.setattr(memory, "host_memory_available_bytes", lambda: 100 * MIB)
         with pytest.raises(NoSpaceError, match="stays at"):
             medium.provision(16)
         assert medium.usable_blocks == 0
