@@ -44,6 +44,7 @@ class _Audit:
         self._check_extents()
         self._check_free_runs()
         self._check_grants()
+        self._check_header_log()
         self._check_blocks()
         if self._suppressed:
             self._findings.append(f"{self._suppressed} more findings are not shown")
@@ -221,8 +222,25 @@ class _Audit:
             if self._txn.get(schema.SESSIONS, schema.session_key(client)) is None:
                 self._find(f"client {client:016x} has granted blocks and no session")
 
+    def _check_header_log(self) -> None:
+        """I10."""
+        next_sequence = self._txn.state(b"next_header_change")
+        kept = {
+            schema.unpack_region(key): schema.decode_region(value).info.keeps_headers
+            for key, value in self._txn.scan(schema.REGIONS)
+        }
+        for key, value in self._txn.scan(schema.HEADER_LOG):
+            region, sequence = schema.unpack_region_block(key)
+            self._counts["header_changes"] += 1
+            if not kept.get(region) or schema.decode_header_change(value).region != region:
+                self._find(
+                    f"header change {sequence} is of region {region}, which keeps no headers"
+                )
+            if sequence >= next_sequence:
+                self._find(f"header change {sequence} is not below next_header_change")
+
     def _check_blocks(self) -> None:
-        """I1 and I9."""
+        """I1, I9, and that nothing is granted in an unclaimed region (I10)."""
         regions = {
             schema.unpack_region(key): schema.decode_region(value)
             for key, value in self._txn.scan(schema.REGIONS)
@@ -233,9 +251,11 @@ class _Audit:
         for number, window in enumerate(block_windows(usable)):
             for region, block, count, owner in self._owned():
                 if number == 0:
+                    if owner == "granted" and region in regions and regions[region].unclaimed:
+                        self._find(f"region {region} is unclaimed, block {block} is granted")
                     sums[region, owner] += count
                     self._counts[f"{owner}_blocks"] += count
-                    if owner not in ("free", "failed"):
+                    if owner not in ("free", "failed", "clearing"):
                         high_water[region] = max(high_water[region], block + count)
                 self._claim(window, usable, region, block, count, owner)
             for region, block, count in window.unclaimed():
@@ -245,11 +265,12 @@ class _Audit:
         for region in regions:
             value = self._txn.get(schema.USAGE, schema.region_key(region))
             usage = schema.Usage() if value is None else schema.decode_usage(value)
-            counted = (sums[region, "free"], sums[region, "reclaim"])
-            if (usage.free_blocks, usage.reclaim_blocks) != counted:
+            counted = tuple(sums[region, owner] for owner in ("free", "reclaim", "clearing"))
+            if (usage.free_blocks, usage.reclaim_blocks, usage.clearing_blocks) != counted:
                 self._find(
-                    f"region {region}: usage says {usage.free_blocks} free and "
-                    f"{usage.reclaim_blocks} to reclaim, there are {counted[0]} and {counted[1]}"
+                    f"region {region}: usage says {usage.free_blocks} free, "
+                    f"{usage.reclaim_blocks} to reclaim and {usage.clearing_blocks} to clear, there "
+                    f"are {counted[0]}, {counted[1]} and {counted[2]}"
                 )
             if usage.high_water_blocks < high_water[region]:
                 self._find(
@@ -266,6 +287,10 @@ class _Audit:
             for key, value in txn.scan(table):
                 _, region, block = schema.unpack_owner_region_block(key)
                 yield region, block, schema.decode_granted(value).block_count, owner
+        for _, value in txn.scan(schema.HEADER_LOG):
+            change = schema.decode_header_change(value)
+            if not change.ino:
+                yield change.region, change.block, change.block_count, "clearing"
         for key, value in txn.scan(schema.REGIONS):
             for block in schema.decode_region(value).failed:
                 yield schema.unpack_region(key), block, 1, "failed"

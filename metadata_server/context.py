@@ -25,6 +25,10 @@ class Context:
     """Of the cluster."""
     holders: Callable[[int], frozenset[int]] = no_holders
     """The *other* clients that hold a lease on an inode."""
+    header_regions: frozenset[int] = frozenset()
+    """The regions that keep headers: their ``header_log`` has to be told of what happens there."""
+    synced_header_changes: int = (1 << 64) - 1
+    """Header changes with sequences below this outlive a power cut."""
     invalidations: list[Invalidation] = field(default_factory=list)
     """What the operation changed and others may have cached."""
     shown: list[int] = field(default_factory=list)

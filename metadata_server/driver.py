@@ -74,6 +74,9 @@ class Driver:
         self.cluster_id: bytes = self._txn.state(b"cluster_id")
         self.block_size_bytes: int = self._txn.state(b"block_size_bytes")
         self.epoch: int = self._txn.state(b"epoch")
+        self._header_regions = self._find_header_regions()
+        self.synced_header_changes = self.next_header_change
+        """Those below it outlive a power cut: the state is recovered, committed and synced."""
         self.was_clean = state.was_clean
         """Whether the last run ended by ``close``."""
 
@@ -102,9 +105,7 @@ class Driver:
         """
         txn = self._txn
         remembered = request_id and opcode in _REMEMBERED
-        context = Context(
-            client_id, self._clock_ns(), self.block_size_bytes, self._holders_for(client_id)
-        )
+        context = self._context_for(client_id)
         mark = txn.mark()
         try:
             if remembered:
@@ -112,6 +113,8 @@ class Driver:
                 if stored is not None:
                     return Outcome(_decode_reply(stored, opcode, request_id))
             reply = RUN[opcode](txn, request, context)
+            if opcode is Opcode.REGISTER_STORAGE:
+                self._header_regions = self._find_header_regions()
             if remembered:
                 self._remember(client_id, request_id, opcode, reply)
         except CrailError as error:
@@ -129,9 +132,7 @@ class Driver:
 
     def run(self, function: Callable[[Txn, Context], T], client_id: int = 0) -> T:
         """Run an internal operation with the same undo and journal; raises what it raises."""
-        context = Context(
-            client_id, self._clock_ns(), self.block_size_bytes, self._holders_for(client_id)
-        )
+        context = self._context_for(client_id)
         mark = self._txn.mark()
         try:
             return function(self._txn, context)
@@ -152,8 +153,34 @@ class Driver:
             # LMDB refuses everything else in a transaction in which a read has failed.
             raise self._recover(self._txn.mark(), "audit", error) from error
 
-    def _holders_for(self, client_id: int) -> Callable[[int], frozenset[int]]:
-        return partial(self._holders, client_id)
+    @property
+    def next_header_change(self) -> int:
+        """One above every sequence in ``header_log``."""
+        sequence: int = self._txn.state(b"next_header_change")
+        return sequence
+
+    @property
+    def header_change_count(self) -> int:
+        """How many changes the regions' headers have yet to follow."""
+        return self._txn.row_count(schema.HEADER_LOG)
+
+    def _find_header_regions(self) -> frozenset[int]:
+        rows = self._txn.scan(schema.REGIONS)
+        return frozenset(
+            schema.unpack_region(key)
+            for key, value in rows
+            if schema.decode_region(value).info.keeps_headers
+        )
+
+    def _context_for(self, client_id: int) -> Context:
+        return Context(
+            client_id,
+            self._clock_ns(),
+            self.block_size_bytes,
+            partial(self._holders, client_id),
+            self._header_regions,
+            self.synced_header_changes,
+        )
 
     def _holders(self, client_id: int, ino: int) -> frozenset[int]:
         return self.holders(ino, client_id)

@@ -66,24 +66,40 @@ def take(txn: Txn, region: int, wanted: int, contiguous_blocks: int, run_limit: 
     return taken
 
 
-def retire(txn: Txn, region: int, block: int) -> bool:
-    """Take a failed block out of circulation; False if it is not free (then it is kept by whoever
-    has it, and can be retired when that one lets go of it)."""
+def take_exactly(txn: Txn, span: Span) -> bool:
+    """Take these blocks off the free runs; False, and nothing is taken, if one of them is not
+    free."""
+    region, block, block_count = span
     row = txn.last_before(schema.FREE, schema.free_key(region, block + 1))
     if row is None:
         return False
     found_region, first = schema.unpack_region_block(row[0])
-    block_count = schema.unpack_u64(row[1])
-    if found_region != region or block >= first + block_count:
+    end = first + schema.unpack_u64(row[1])
+    if found_region != region or block + block_count > end:
         return False
-    if block + 1 < first + block_count:
-        _put_free(txn, region, block + 1, first + block_count - block - 1)
+    if block + block_count < end:
+        _put_free(txn, region, block + block_count, end - block - block_count)
     if first < block:
         _put_free(txn, region, first, block - first)
     else:
         txn.delete(schema.FREE, row[0])
-    count(txn, region, free=-1)
+    count(txn, region, free=-block_count)
     return True
+
+
+def runs(txn: Txn, region: int) -> list[Span]:
+    """All free runs of the region, in order."""
+    start, end = schema.free_key(region, 0), schema.free_key(region + 1, 0)
+    return [
+        Span(region, schema.unpack_region_block(key)[1], schema.unpack_u64(value))
+        for key, value in txn.scan(schema.FREE, start, end)
+    ]
+
+
+def retire(txn: Txn, region: int, block: int) -> bool:
+    """Take a failed block out of circulation; False if it is not free (then it is kept by whoever
+    has it, and can be retired when that one lets go of it)."""
+    return take_exactly(txn, Span(region, block, 1))
 
 
 def usage(txn: Txn, region_key: bytes) -> Usage:
@@ -131,7 +147,13 @@ def _put_free(txn: Txn, region: int, block: int, block_count: int) -> None:
 
 
 def count(
-    txn: Txn, region: int, *, free: int = 0, reclaim: int = 0, high_water_blocks: int = 0
+    txn: Txn,
+    region: int,
+    *,
+    free: int = 0,
+    reclaim: int = 0,
+    clearing: int = 0,
+    high_water_blocks: int = 0,
 ) -> None:
     """Add to the region's sums; ``high_water_blocks`` only ever rises."""
     key = schema.region_key(region)
@@ -140,5 +162,6 @@ def count(
         known.free_blocks + free,
         known.reclaim_blocks + reclaim,
         max(known.high_water_blocks, high_water_blocks),
+        known.clearing_blocks + clearing,
     )
     txn.put(schema.USAGE, key, schema.encode(changed))

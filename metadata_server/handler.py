@@ -16,6 +16,7 @@ from crailfs.errors import (
     InvalidError,
     NotPermittedError,
     NotSupportedError,
+    TryAgainError,
 )
 from crailfs.limits import LEASE_MS, RENEW_MAX, SESSION_TIMEOUT_MS, STORAGE_TIMEOUT_MS
 from crailfs.net.server import Peer
@@ -61,16 +62,19 @@ class Timings(NamedTuple):
 
 DEFAULT_TIMINGS = Timings()
 
-_STORAGE_OPERATIONS = frozenset({Opcode.REGISTER_STORAGE, Opcode.STORAGE_HEARTBEAT})
+_STORAGE_OPERATIONS = frozenset(
+    {Opcode.REGISTER_STORAGE, Opcode.STORAGE_HEARTBEAT, Opcode.FETCH_HEADER_CHANGES}
+)
+_SALVAGE = frozenset({Opcode.BEGIN_SALVAGE, Opcode.SALVAGE_FILE, Opcode.END_SALVAGE})
 _INFORMATION = frozenset({Opcode.GET_CLUSTER_MAP, Opcode.GET_STATUS, Opcode.AUDIT})
 _SESSION = frozenset({Opcode.KEEP_ALIVE, Opcode.END_SESSION})
 _OWN = _SESSION | {Opcode.SYNC_METADATA, Opcode.GET_STATUS, Opcode.AUDIT}
 OPERATIONS_SERVED = frozenset(RUN) | _OWN
 _MUTATING = frozenset(opcode for opcode in OPERATIONS_SERVED if OPERATIONS[opcode].mutates)
 _PERMITTED = {
-    Role.CLIENT: OPERATIONS_SERVED - _STORAGE_OPERATIONS,
+    Role.CLIENT: OPERATIONS_SERVED - _STORAGE_OPERATIONS - _SALVAGE,
     Role.STORAGE_SERVER: _STORAGE_OPERATIONS | _INFORMATION,
-    Role.OPERATOR: OPERATIONS_SERVED - _MUTATING - _SESSION,
+    Role.OPERATOR: (OPERATIONS_SERVED - _MUTATING - _SESSION) | _SALVAGE,
     Role.METADATA_SERVER: frozenset[Opcode](),
 }
 _HARMLESS = frozenset({Opcode.GRANT_BLOCKS, Opcode.RETURN_BLOCKS})
@@ -158,6 +162,8 @@ class MetadataHandler:
             Opcode.GET_CLUSTER_MAP: self._get_cluster_map,
             Opcode.REGISTER_STORAGE: self._storage,
             Opcode.STORAGE_HEARTBEAT: self._storage,
+            Opcode.FETCH_HEADER_CHANGES: self._fetch_header_changes,
+            **{opcode: partial(self._salvage, opcode) for opcode in _SALVAGE},
         }
         self._missing: set[int] = set()
         """Clients of before an unclean end that have not come back: they may trust what they
@@ -253,6 +259,9 @@ class MetadataHandler:
             return
         outcome = self._driver.execute(client_id, request_id, opcode, request)
         self._leases.show(client_id, outcome.shown)
+        if isinstance(outcome.reply, TryAgainError):
+            # Blocks that files no longer have come back once that outlives a power cut.
+            self.sync_wanted()
         is_durable = isinstance(request, CommitFile) and request.durable
         pending = _Pending(client_id, request_id, peer, outcome.reply, is_durable)
         nobody_asked = not outcome.invalidations or self._invalidator.announce(
@@ -342,6 +351,18 @@ class MetadataHandler:
             self._counters["fences"] += len(request.fenced)
         self._answers.append(_Answer(peer, request_id, reply))
 
+    def _fetch_header_changes(self, peer: Peer, request_id: int, request: Message) -> None:
+        # What it acknowledges can be acknowledged again, so no reply is kept for a repetition.
+        reply = self._driver.execute(0, 0, Opcode.FETCH_HEADER_CHANGES, request).reply
+        self._answers.append(_Answer(peer, request_id, reply))
+
+    def _salvage(self, opcode: Opcode, peer: Peer, request_id: int, request: Message) -> None:
+        """Each may be repeated and leads to the same. The operator, who has no session, is
+        answered at once: clients only learn of new files."""
+        outcome = self._driver.execute(0, 0, opcode, request)
+        self._invalidator.announce(0, outcome.invalidations, lambda: None)
+        self._answers.append(_Answer(peer, request_id, outcome.reply))
+
     def _get_cluster_map(self, peer: Peer, request_id: int, request: Message) -> None:
         self._answers.append(_Answer(peer, request_id, self._cluster_map()))
 
@@ -383,6 +404,7 @@ class MetadataHandler:
             "leased_inodes": self._leases.inode_count,
             "replies_waiting": len(self._pending),
             "changes_deferred": len(self._deferred),
+            "header_changes_waiting": self._driver.header_change_count,
         }
 
     # --- durability -----------------------------------------------------------------------------

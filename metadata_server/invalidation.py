@@ -143,7 +143,9 @@ class Invalidator:
 
     def free_left_over(self) -> None:
         """No client trusts anything that an earlier run of this server has shown it."""
-        self._driver.run(lambda txn, _: space.free_reclaimed(txn, 0, self._left_over))
+        self._driver.run(
+            lambda txn, context: space.free_reclaimed(txn, context, 0, self._left_over)
+        )
 
     def _push(self, client: Client, entries: tuple[Invalidation, ...], change: _Change) -> None:
         assert client.peer is not None
@@ -190,7 +192,7 @@ class Invalidator:
     def _free(self, change: _Change) -> None:
         first, end = change.sequences
         if first < end:
-            self._driver.run(lambda txn, _: space.free_reclaimed(txn, first, end))
+            self._driver.run(lambda txn, context: space.free_reclaimed(txn, context, first, end))
 
     def _read_next_reclaim(self) -> int:
         sequence: int = self._driver.run(lambda txn, _: txn.state(b"next_reclaim"))

@@ -21,11 +21,13 @@ database a table.
     servers    server id 16 B                   StoredServer
     regions    region u32                       StoredRegion
     usage      region u32                       Usage
+    header_log region u32, sequence u64         HeaderChange
 
 Invariants
     I1  Every block of every region below its ``usable_blocks`` is in exactly one of: ``free``; one
-        extent's replica; ``grants``; ``reclaim``; the region's ``failed`` list. Kept by ops that
-        take or give space, through ``space.py`` alone.
+        extent's replica; ``grants``; ``reclaim``; a row of ``header_log`` that says that it is
+        nobody's; the region's ``failed`` list. Kept by ops that take or give space, through
+        ``space.py`` alone.
     I2  ``free`` runs of one region neither overlap nor touch.
     I3  Every entry's ino is in ``nodes``; every node but the root and the orphans has as many
         entries as its ``nlink`` says (directories: one entry; nlink = 2 + number of child
@@ -36,8 +38,11 @@ Invariants
         overlap; checksums are 8 bytes a block; nothing visible lies beyond ``size``.
     I7  A MULTIFILE's entries are FILEs; a TABLE's are KEYVALUEs, and KEYVALUEs are nowhere else.
     I8  Every grant's client is in ``sessions``.
-    I9  A region's ``usage`` row says what its ``free`` and ``reclaim`` rows add up to. Kept by
-        ``space.py``.
+    I9  A region's ``usage`` row says what its ``free`` and ``reclaim`` rows and the blocks that
+        wait in ``header_log`` add up to. Kept by ``space.py``.
+    I10 ``header_log`` has rows only of regions that keep headers, with sequences below
+        ``next_header_change``; nothing is granted in an unclaimed region, and no file has blocks
+        there but those that a salvage found.
 """
 
 from __future__ import annotations
@@ -47,10 +52,18 @@ from typing import Final
 
 import msgspec
 
-from crailfs.records import Attributes, Extent, Record, RegionInfo, StorageServerInfo
+from crailfs.records import (
+    Attributes,
+    Extent,
+    HeaderChange,
+    Record,
+    RegionInfo,
+    StorageServerInfo,
+)
 
-FORMAT_VERSION: Final = 1
-"""In ``state`` under ``format_version``; another one is refused with what to do."""
+FORMAT_VERSION: Final = 2
+"""In ``state`` under ``format_version``; a newer one is refused with what to do. Version 1 had
+neither ``header_log`` nor its state."""
 
 STATE: Final = b"state"
 NODES: Final = b"nodes"
@@ -66,10 +79,11 @@ REPLIES: Final = b"replies"
 SERVERS: Final = b"servers"
 REGIONS: Final = b"regions"
 USAGE: Final = b"usage"
+HEADER_LOG: Final = b"header_log"
 
 TABLES: Final = (
     STATE, NODES, ENTRIES, EXTENTS, XATTRS, FREE, GRANTS, RECLAIM, ORPHANS, SESSIONS, REPLIES,
-    SERVERS, REGIONS, USAGE,
+    SERVERS, REGIONS, USAGE, HEADER_LOG,
 )  # fmt: skip
 """In the order of their numbers in the journal: only ever appended to."""
 
@@ -82,6 +96,8 @@ STATE_KEYS: Final = (
     b"next_generation",  # int; of grants, never reused
     b"next_region",  # int
     b"next_reclaim",  # int; sequence of reclaim entries
+    b"next_header_change",  # int; sequence of header_log, above all that any region has applied
+    b"salvaging",  # bool; whether files of a lost name space may be put into this one
     b"journal_sequence",  # int; the last journal record that this LMDB state contains
     b"node_count",  # int; rows of nodes, orphans included
     b"clean",  # bool; False while a server is running
@@ -125,6 +141,8 @@ class StoredRegion(Record, frozen=True):
     full_since_ns: int = 0
     """When a heartbeat first found no free block and no growth; 0: the last one found some. After
     ``STALLED_NS`` the host has no memory for the rest of the region."""
+    unclaimed: bool = False
+    """It came with headers of blocks that a name space had that is not this one."""
 
 
 class Usage(Record, frozen=True):
@@ -134,6 +152,8 @@ class Usage(Record, frozen=True):
     reclaim_blocks: int = 0
     high_water_blocks: int = 0
     """One past the highest block ever handed out."""
+    clearing_blocks: int = 0
+    """No file's any more, which their headers do not say yet."""
 
 
 _U64 = struct.Struct(">Q")
@@ -147,6 +167,7 @@ ino_value = _U64.pack
 region_key = _REGION.pack
 extent_key = _INO_BLOCK.pack
 free_key = _REGION_BLOCK.pack
+header_change_key = _REGION_BLOCK.pack
 grant_key = _OWNER_REGION_BLOCK.pack
 reclaim_key = _OWNER_REGION_BLOCK.pack
 orphan_key = _INO_BLOCK.pack
@@ -193,4 +214,5 @@ decode_session = msgspec.msgpack.Decoder(Session).decode
 decode_server = msgspec.msgpack.Decoder(StoredServer).decode
 decode_region = msgspec.msgpack.Decoder(StoredRegion).decode
 decode_usage = msgspec.msgpack.Decoder(Usage).decode
+decode_header_change = msgspec.msgpack.Decoder(HeaderChange).decode
 decode_scalar = msgspec.msgpack.Decoder().decode

@@ -72,8 +72,10 @@ async def _keep_durable(driver: Driver, handler: MetadataHandler) -> None:
         handler.sync_wanted = wanted.set
         waiters = handler.take_sync_waiters()
         driver.write_batch()
+        next_header_change = driver.next_header_change
         if driver.sync_due:
             await trio.to_thread.run_sync(driver.sync_journal)
+        driver.synced_header_changes = next_header_change
         for answer in waiters:
             answer()
         handler.batch_done()

@@ -1,7 +1,8 @@
-"""Blocks and who has them: free, granted, owned by a file, awaiting reclaim.
+"""Blocks and who has them: free, granted, owned by a file, awaiting reclaim, awaiting that their
+header says that they are nobody's.
 
 The only module that moves a block from one of these to another. All of its state is in the tables
-``free``, ``grants``, ``extents``, ``reclaim`` and ``usage``.
+``free``, ``grants``, ``extents``, ``reclaim``, ``header_log`` and ``usage``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from crailfs.limits import GRANT_BLOCKS_MAX, GRANT_RUNS_MAX, REGION_BLOCKS_MAX
 from crailfs.records import Extent, Location, Run, StorageClass, StorageServerInfo, Tier
 from crailfs.units import blocks_for
 from crailfs.wire.messages import TierStatistics
-from metadata_server import extents, free_space, schema
+from metadata_server import extents, free_space, header_log, schema
 from metadata_server.context import Context
 from metadata_server.free_space import Span
 from metadata_server.schema import Granted, StoredRegion, Usage
@@ -94,7 +95,7 @@ class _Region(NamedTuple):
 
     @property
     def grantable(self) -> bool:
-        return self.server.alive and not self.stored.lost
+        return self.server.alive and not self.stored.lost and not self.stored.unclaimed
 
     def grows(self, now_ns: int) -> bool:
         """Whether more of its blocks can be expected to become usable."""
@@ -125,6 +126,12 @@ def _out_of_space(
     txn: Txn, context: Context, storage_class: StorageClass, regions: list[_Region]
 ) -> NoSpaceError | TryAgainError:
     live = {r.id for r in regions if r.grantable}
+    unclaimed = [r.id for r in regions if r.stored.unclaimed and not r.stored.lost]
+    if unclaimed and not live:
+        return NoSpaceError(
+            f"all that there is of class {storage_class} holds blocks of a lost name space (region "
+            f"{unclaimed[0]}): run 'crail fsck --salvage'"
+        )
     if regions and not live:
         return TryAgainError(
             f"no storage server with space of class {storage_class} is connected: "
@@ -134,6 +141,8 @@ def _out_of_space(
         _, region, _ = schema.unpack_owner_region_block(key)
         if region in live and schema.decode_granted(value).client == NOBODY:
             return TryAgainError(f"blocks of class {storage_class} are being reclaimed")
+    if any(r.grantable and r.usage.clearing_blocks for r in regions):
+        return TryAgainError(f"the headers of blocks of class {storage_class} are being cleared")
     if any(r.grantable and r.grows(context.now_ns) for r in regions):
         return TryAgainError(f"memory of class {storage_class} is being provisioned")
     return NoSpaceError(
@@ -220,11 +229,9 @@ def truncate_extents(txn: Txn, context: Context, ino: int, size_bytes: int) -> i
             places = tuple(
                 Location(place.region, place.block, generation) for place in extent.replicas
             )
-            extents.put(
-                txn,
-                ino,
-                msgspec.structs.replace(extent, tail_visible_bytes=visible_bytes, replicas=places),
-            )
+            cut = msgspec.structs.replace(extent, tail_visible_bytes=visible_bytes, replicas=places)
+            extents.put(txn, ino, cut)
+            header_log.publish(txn, ino, cut, context.header_regions)
     return released
 
 
@@ -241,6 +248,9 @@ def take_extents(txn: Txn, context: Context, ino: int, new: Iterable[Extent]) ->
         for place in extent.replicas:
             span = Span(place.region, place.block, extent.block_count)
             _take_granted(txn, context.client_id, span, place.generation)
+        if context.header_regions:
+            # Before what it replaces is cleared: a file never has neither.
+            header_log.publish(txn, ino, extent, context.header_regions)
         growth += extent.block_count
         growth -= _clear(txn, context, ino, extent.file_block, extents.end_of(extent))
         extents.put_joined(txn, ino, extent, block_size_bytes)
@@ -270,23 +280,43 @@ def _clear(txn: Txn, context: Context, ino: int, first_block: int, end_block: in
         _reclaim(txn, spans, NOBODY)
         context.changed(ino)
     elif spans:
-        free_space.give(txn, spans)
+        _let_go(txn, context, spans)
     return cleared
+
+
+def _let_go(txn: Txn, context: Context, spans: list[Span]) -> None:
+    """No file shows the blocks and no client trusts that one does: they become free, where headers
+    are kept after those say so too. So no header names a block that somebody else writes to."""
+    regions = context.header_regions
+    if regions:
+        header_log.clear(txn, [span for span in spans if span.region in regions])
+        spans = [span for span in spans if span.region not in regions]
+    free_space.give(txn, spans)
+
+
+def free_cleared(txn: Txn, regions: Iterable[int], through: int) -> int:
+    """All changes of these regions' headers with sequences up to ``through`` are durable there:
+    what waited for that becomes free. Returns how many blocks."""
+    spans = header_log.acknowledge(txn, regions, through)
+    free_space.give(txn, spans)
+    return sum(span.block_count for span in spans)
 
 
 # --- reclaim ------------------------------------------------------------------------------------
 
 
-def free_reclaimed(txn: Txn, first_sequence: int, end_sequence: int) -> int:
+def free_reclaimed(txn: Txn, context: Context, first_sequence: int, end_sequence: int) -> int:
     """Nobody can see what was put into ``reclaim`` under ``first_sequence`` <= s <
-    ``end_sequence`` any more: it becomes free, but for what clients may still write to. Returns
-    how many blocks."""
+    ``end_sequence`` any more: it is let go, but for what clients may still write to. Returns how
+    many blocks."""
     rows = txn.scan(
         schema.RECLAIM,
         schema.reclaim_key(first_sequence, 0, 0),
         schema.reclaim_key(end_sequence, 0, 0),
     )
-    return _free_rows(txn, [(k, g) for k, g in _granted(rows) if g.client == NOBODY])
+    spans = _take_rows(txn, [(k, g) for k, g in _granted(rows) if g.client == NOBODY])
+    _let_go(txn, context, spans)
+    return sum(span.block_count for span in spans)
 
 
 def reclaim_grants(txn: Txn, client_id: int) -> frozenset[int]:
@@ -304,9 +334,9 @@ def reclaim_grants(txn: Txn, client_id: int) -> frozenset[int]:
 
 
 def free_fenced(txn: Txn, client_id: int, regions: frozenset[int]) -> int:
-    """The client can no longer write in these regions: what it had there becomes free. Returns how
-    many blocks."""
-    return _free_rows(
+    """The client can no longer write in these regions: what it had there becomes free (it was
+    never a file's: no header names it). Returns how many blocks."""
+    spans = _take_rows(
         txn,
         [
             (key, granted)
@@ -314,6 +344,8 @@ def free_fenced(txn: Txn, client_id: int, regions: frozenset[int]) -> int:
             if granted.client == client_id and schema.unpack_owner_region_block(key)[1] in regions
         ],
     )
+    free_space.give(txn, spans)
+    return sum(span.block_count for span in spans)
 
 
 def _reclaim(txn: Txn, spans: list[Span], client_id: int) -> None:
@@ -327,15 +359,15 @@ def _reclaim(txn: Txn, spans: list[Span], client_id: int) -> None:
         free_space.count(txn, span.region, reclaim=span.block_count)
 
 
-def _free_rows(txn: Txn, rows: list[tuple[bytes, Granted]]) -> int:
+def _take_rows(txn: Txn, rows: list[tuple[bytes, Granted]]) -> list[Span]:
+    """Take the rows out of ``reclaim``; the caller has their blocks."""
     spans = []
     for key, granted in rows:
         _, region, block = schema.unpack_owner_region_block(key)
         txn.delete(schema.RECLAIM, key)
         free_space.count(txn, region, reclaim=-granted.block_count)
         spans.append(Span(region, block, granted.block_count))
-    free_space.give(txn, spans)
-    return sum(span.block_count for span in spans)
+    return spans
 
 
 def _granted(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, Granted]]:
@@ -349,12 +381,39 @@ def _client_key_range(client_id: int) -> tuple[bytes, bytes | None]:
     return start, schema.grant_key(client_id + 1, 0, 0)
 
 
+# --- salvage ------------------------------------------------------------------------------------
+
+
+def take_salvaged(txn: Txn, ino: int, extent: Extent, block_size_bytes: int) -> bool:
+    """Make free blocks, of whichever region, the file's, where it has none yet; their headers say
+    so already. False, and nothing is done: one of them is not free."""
+    for place in extent.replicas:
+        if not free_space.take_exactly(txn, Span(place.region, place.block, extent.block_count)):
+            return False
+        end = place.block + extent.block_count
+        free_space.count(txn, place.region, high_water_blocks=end)
+    extents.put_joined(txn, ino, extent, block_size_bytes)
+    return True
+
+
+def claim_rest(txn: Txn, region: int) -> int:
+    """What is free in an unclaimed region was somebody's once: clear its headers, after which it
+    can be granted. Returns how many blocks."""
+    spans = free_space.runs(txn, region)
+    header_log.clear(txn, spans)
+    for span in spans:
+        taken = free_space.take_exactly(txn, span)
+        assert taken
+    return sum(span.block_count for span in spans)
+
+
 # --- regions ------------------------------------------------------------------------------------
 
 
 def statistics(txn: Txn) -> tuple[TierStatistics, ...]:
     """Size and free space of each tier that has regions, fastest first. Blocks that are not yet
-    provisioned count as free: they will be there when they are needed."""
+    provisioned count as free: they will be there when they are needed. All of an unclaimed region
+    counts as used."""
     totals: dict[Tier, list[int]] = {}
     for region in _regions(txn):
         stored = region.stored
@@ -362,6 +421,9 @@ def statistics(txn: Txn) -> tuple[TierStatistics, ...]:
             continue
         tier = totals.setdefault(stored.info.tier, [0, 0])
         tier[0] += stored.info.block_count - len(stored.failed)
-        tier[1] += region.usage.free_blocks + region.usage.reclaim_blocks
+        if stored.unclaimed:
+            continue
+        usage = region.usage
+        tier[1] += usage.free_blocks + usage.reclaim_blocks + usage.clearing_blocks
         tier[1] += stored.info.block_count - stored.usable_blocks
     return tuple(TierStatistics(tier, *totals[tier]) for tier in sorted(totals))

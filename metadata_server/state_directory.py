@@ -31,6 +31,8 @@ from metadata_server.lmdb_check import check_database
 from metadata_server.txn import Txn
 
 _CLUSTER_ID_BYTES = 16
+_SINCE_VERSION_2 = frozenset({schema.HEADER_LOG, b"next_header_change", b"salvaging"})
+"""Tables and state that a directory of version 1 does not have."""
 
 
 class StateDirectory:
@@ -83,7 +85,9 @@ class StateDirectory:
         """Apply the journal, begin the next epoch and a journal of its own."""
         with self.begin() as transaction:
             self.handles = {
-                table: self._environment.open_db(table, transaction, create=False)
+                table: self._environment.open_db(
+                    table, transaction, create=table in _SINCE_VERSION_2
+                )
                 for table in schema.TABLES
             }
         txn = Txn(self.handles, self.begin())
@@ -96,6 +100,7 @@ class StateDirectory:
             with contextlib.closing(Journal.open(journal_path, cluster_id)) as journal:
                 apply_journal(journal, txn)
                 sequence = journal.sequence
+            _upgrade(txn)
             self.was_clean = txn.state(b"clean")
             txn.next_counter(b"epoch")
             txn.set_state(b"clean", False)
@@ -164,8 +169,14 @@ def _make_name_space(config: MetadataConfig, now_ns: int) -> None:
         txn.set_state(b"cluster_id", config.credentials.cluster_id or os.urandom(_CLUSTER_ID_BYTES))
         txn.set_state(b"block_size_bytes", block_size_bytes)
         txn.set_state(b"epoch", 0)
-        for counter in (b"next_generation", b"next_region", b"next_reclaim"):
+        for counter in (
+            b"next_generation",
+            b"next_region",
+            b"next_reclaim",
+            b"next_header_change",
+        ):
             txn.set_state(counter, 1)
+        txn.set_state(b"salvaging", False)
         txn.set_state(b"next_ino", ROOT_INODE + 1)
         txn.set_state(b"node_count", 1)
         txn.set_state(b"clean", True)
@@ -203,7 +214,7 @@ def _root(now_ns: int) -> Attributes:
 def _check_identity(config: MetadataConfig, txn: Txn) -> bytes:
     """Refuse a state of another format or cluster; returns the cluster's id."""
     version = txn.state(b"format_version")
-    if version != schema.FORMAT_VERSION:
+    if not 1 <= version <= schema.FORMAT_VERSION:
         raise ConfigurationError(
             f"{config.state} has format {version}, this server reads {schema.FORMAT_VERSION}: use "
             f"the version of CrailFS that made it"
@@ -215,10 +226,19 @@ def _check_identity(config: MetadataConfig, txn: Txn) -> bytes:
             f"{config.state} belongs to cluster {cluster_id.hex()}, the configuration names "
             f"{wanted.hex()}: correct the cluster id or use another state directory"
         )
-    missing = [key.decode() for key in schema.STATE_KEYS if txn.get(schema.STATE, key) is None]
+    expected = [key for key in schema.STATE_KEYS if version > 1 or key not in _SINCE_VERSION_2]
+    missing = [key.decode() for key in expected if txn.get(schema.STATE, key) is None]
     if missing or txn.find_node(ROOT_INODE) is None:
         raise _damaged(config.state, f"it lacks {', '.join(missing) or 'the root directory'}")
     return cluster_id
+
+
+def _upgrade(txn: Txn) -> None:
+    """Bring the state of an earlier version up to this one, in the transaction of the start."""
+    if txn.state(b"format_version") == 1:
+        txn.set_state(b"next_header_change", 1)
+        txn.set_state(b"salvaging", False)
+        txn.set_state(b"format_version", schema.FORMAT_VERSION)
 
 
 def _unwritable(path: Path, error: Exception) -> NoSpaceError:

@@ -13,8 +13,11 @@ from crailfs.records import Record
 from crailfs.wire.messages import Opcode
 from metadata_server.context import Context
 from metadata_server.ops import (
+    begin_salvage,
     commit_file,
     create_node,
+    end_salvage,
+    fetch_header_changes,
     get_attributes,
     get_cluster_map,
     get_extents,
@@ -32,6 +35,7 @@ from metadata_server.ops import (
     remove_xattr,
     rename_node,
     return_blocks,
+    salvage_file,
     set_attributes,
     set_xattr,
     storage_heartbeat,
@@ -61,5 +65,9 @@ RUN: dict[Opcode, Callable[[Txn, Any, Context], Record]] = {
     Opcode.REGISTER_STORAGE: register_storage.run,
     Opcode.STORAGE_HEARTBEAT: storage_heartbeat.run,
     Opcode.GET_CLUSTER_MAP: get_cluster_map.run,
+    Opcode.FETCH_HEADER_CHANGES: fetch_header_changes.run,
+    Opcode.BEGIN_SALVAGE: begin_salvage.run,
+    Opcode.SALVAGE_FILE: salvage_file.run,
+    Opcode.END_SALVAGE: end_salvage.run,
 }
 """What the driver runs for each opcode; the rest is answered by the server itself."""

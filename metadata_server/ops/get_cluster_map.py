@@ -21,7 +21,7 @@ def run(txn: Txn, request: GetClusterMap, context: Context) -> ClusterMap:
         context.block_size_bytes,
         tuple(servers),
         tuple(
-            PlacedRegion(region_id, stored.server_id, stored.info)
+            PlacedRegion(region_id, stored.server_id, stored.info, stored.unclaimed)
             for region_id, stored in regions
             if not stored.lost
         ),

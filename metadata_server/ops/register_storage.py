@@ -10,16 +10,19 @@ from crailfs.errors import InvalidError
 from crailfs.limits import LOCATION_MAX_BYTES, REGION_BLOCKS_MAX, REGIONS_PER_SERVER_MAX
 from crailfs.records import RegionInfo, StorageServerInfo
 from crailfs.wire.messages import RegisterReply, RegisterStorage
-from metadata_server import schema, sessions
+from metadata_server import header_log, schema, sessions
 from metadata_server.context import Context
 from metadata_server.schema import StoredRegion, StoredServer
 from metadata_server.txn import Txn
 
 ID_BYTES = 16
+_HEADER_SEQUENCE_MAX = 1 << 63
 
 
 def run(txn: Txn, request: RegisterStorage, context: Context) -> RegisterReply:
-    """A region that the server had before and does not name now is lost, until it names it."""
+    """A region that the server had before and does not name now is lost, until it names it: its
+    header changes wait for that (nothing is granted there meanwhile, so each block waits at most
+    once). One that comes with blocks of files and was never seen here is unclaimed."""
     server = request.server
     _check(server, request.regions, context.block_size_bytes)
     known = {}
@@ -38,8 +41,9 @@ def run(txn: Txn, request: RegisterStorage, context: Context) -> RegisterReply:
             stored = replace(stored, info=info, lost=False)
         else:
             key = schema.region_key(txn.next_counter(b"next_region"))
-            stored = StoredRegion(info, server.id, usable_blocks=0)
+            stored = StoredRegion(info, server.id, usable_blocks=0, unclaimed=info.held_blocks > 0)
         txn.put(schema.REGIONS, key, schema.encode(stored))
+        header_log.begin_above(txn, info.header_sequence)
         region_ids.append(schema.unpack_region(key))
     for key, stored in lost.items():
         txn.put(schema.REGIONS, key, schema.encode(replace(stored, lost=True)))
@@ -69,6 +73,13 @@ def _check(server: StorageServerInfo, regions: Sequence[RegionInfo], block_size_
                 f"region {region.label} has {region.block_count} blocks: between 1 and "
                 f"{REGION_BLOCKS_MAX} are possible"
             )
+        if region.held_blocks > (region.block_count if region.keeps_headers else 0) or (
+            region.header_sequence > _HEADER_SEQUENCE_MAX
+        ):
+            raise InvalidError(
+                f"region {region.label} says that {region.held_blocks} of {region.block_count} "
+                f"blocks are held, as of header change {region.header_sequence}: that cannot be"
+            )
 
 
 def _check_same(stored: StoredRegion, server: StorageServerInfo, info: RegionInfo) -> None:
@@ -81,4 +92,9 @@ def _check_same(stored: StoredRegion, server: StorageServerInfo, info: RegionInf
         raise InvalidError(
             f"region {info.label} was of tier {stored.info.tier.name.lower()} with "
             f"{stored.info.block_count} blocks and cannot become another: restore its configuration"
+        )
+    if stored.info.keeps_headers and not info.keeps_headers:
+        raise InvalidError(
+            f"region {info.label} kept headers of its blocks and cannot do without: restore its "
+            f"configuration"
         )

@@ -240,7 +240,7 @@ def test_blocks_of_nobody(damaged: Damaged) -> None:
 
     found = damaged.findings(lose)
     assert f"region {REGION}, blocks 61 to 63: nobody has them" in found
-    assert "usage says 58 free and 0 to reclaim, there are 55 and 0" in found
+    assert "usage says 58 free, 0 to reclaim and 0 to clear, there are 55, 0 and 0" in found
 
 
 def test_blocks_that_are_none(damaged: Damaged) -> None:
@@ -269,7 +269,7 @@ def test_a_grant_without_a_session(damaged: Damaged) -> None:
 def test_sums(damaged: Damaged) -> None:
     usage = Usage(free_blocks=58, reclaim_blocks=1, high_water_blocks=6)
     found = damaged.put(schema.USAGE, schema.region_key(REGION), schema.encode(usage))
-    assert "usage says 58 free and 1 to reclaim, there are 58 and 0" in found
+    assert "usage says 58 free, 1 to reclaim and 0 to clear, there are 58, 0 and 0" in found
     usage = Usage(free_blocks=58, reclaim_blocks=0, high_water_blocks=2)
     found = damaged.put(schema.USAGE, schema.region_key(REGION), schema.encode(usage))
     assert "block 5 is above the high water mark 2" in found

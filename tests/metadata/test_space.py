@@ -284,5 +284,7 @@ def test_blocks_that_wait_for_reclaim_count_as_free_and_are_waited_for(space: Na
     assert tier.free_blocks == 30
     with pytest.raises(TryAgainError):
         grant(space, 1)
-    space.driver.run(lambda txn, _: free_reclaimed(txn, 0, txn.state(b"next_reclaim")))
+    space.driver.run(
+        lambda txn, context: free_reclaimed(txn, context, 0, txn.state(b"next_reclaim"))
+    )
     assert sum(run.block_count for run in grant(space, 30)) == 30
