@@ -1,0 +1,124 @@
+"""A run: one or two guests, a pytest selection in the last of them, results as JUnit XML."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import junit
+import machine
+import source
+from channel import GuestError
+from image import Image
+
+DEVDAX_MIB = 1024
+FSDAX_MIB = 512
+NVME_MIB = 1024
+PYTEST = ("python3", "-m", "pytest", "-p", "no:cacheprovider", "--color=no")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to run and where its results go."""
+
+    name: str
+    guests: int
+    arguments: Sequence[str]
+    limit_s: float
+    fsdax: bool = False
+    plain: bool = False
+    """``arguments`` are a command of its own, not pytest's."""
+
+
+def guests_directory(results: Path, name: str) -> Path:
+    """An empty directory for a run's logs."""
+    directory = results / name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def in_guests(image: Image, run: Run, results: Path) -> int:
+    """Runs ``run``; ``results/NAME.xml`` has its results, ``results/NAME/`` its logs.
+
+    Returns the command's exit code, or 1 when a guest died or was not done in time.
+    """
+    began = time.monotonic()
+    deadline = began + run.limit_s
+    directory = guests_directory(results, run.name)
+    report = results / f"{run.name}.xml"
+    report.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crailfs-lab-")))
+        source.make_disk(image, scratch / "source.img")
+        log = stack.enter_context(open(directory / "output.log", "wb"))
+
+        def output(chunk: bytes) -> None:
+            log.write(chunk)
+            log.flush()
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+
+        try:
+            guests = _boot(stack, image, run, scratch, directory)
+            took = ", ".join(f"{guest.booted_s:.1f} s" for guest in guests)
+            print(f"lab: {run.name}: {run.guests} guest(s) booted in {took}", flush=True)
+            report_option = "--junitxml=/lab/out/junit.xml"
+            argv = [*(() if run.plain else (*PYTEST, report_option)), *run.arguments]
+            code = guests[-1].channel.run(argv, deadline, output)
+        except GuestError as error:
+            message = f"{run.name}: {error}"
+            tails = "\n".join(_tails(directory))
+            print(f"lab: {message}\n{tails}", flush=True)
+            seconds = time.monotonic() - began
+            (directory / "died.txt").write_text(f"{message}\n{tails}\n")
+            junit.write_failure(report, run.name, message, tails, seconds)
+            return 1
+        written = guests[-1].out / "junit.xml"
+        if written.exists():
+            shutil.copy(written, report)
+        elif code and not run.plain:
+            junit.write_failure(report, run.name, f"pytest ended with {code}", "", 0)
+        return code
+
+
+def _boot(
+    stack: contextlib.ExitStack, image: Image, run: Run, scratch: Path, directory: Path
+) -> list[machine.Machine]:
+    cables = machine.two_ends() if run.guests == 2 else (None,)
+    starting = []
+    for node, cable in enumerate(cables, 1):
+        media = machine.Media.in_directory(
+            scratch / f"guest{node}",
+            devdax_mib=DEVDAX_MIB,
+            nvme_mib=NVME_MIB,
+            fsdax_mib=FSDAX_MIB if run.fsdax else 0,
+        )
+        shape = (
+            machine.Shape(node=node, nodes=2, cpus=1, memory_mib=1536)
+            if run.guests == 2
+            else machine.Shape()
+        )
+        guest_directory = directory / f"guest{node}"
+        one = machine.start(image, scratch / "source.img", media, guest_directory, shape, cable)
+        stack.callback(one.kill)
+        starting.append(one)
+    for cable in cables:
+        if cable is not None:
+            cable.close()
+    return [one.wait() for one in starting]
+
+
+def _tails(directory: Path) -> list[str]:
+    tails = []
+    for guest in sorted(directory.glob("guest*")):
+        tails.append(f"--- the end of {guest.name}'s console\n{machine.console_tail(guest)}")
+    output = (directory / "output.log").read_text(errors="replace").splitlines()
+    tails.append("--- the end of the tests' output\n" + "\n".join(output[-20:]))
+    return tails
