@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from typing import Final
 
 import trio
 
-from crailfs.errors import FencedError, InvalidError
-from crailfs.limits import PAYLOAD_MAX_BYTES
-from crailfs.records import RegionInfo
+from crailfs.errors import FencedError, InvalidError, NotSupportedError
+from crailfs.limits import HEADER_PAGE_MAX, PAYLOAD_MAX_BYTES
+from crailfs.records import HeaderChange, RegionInfo
 from crailfs.units import GIB
-from crailfs.wire.messages import AttachedRegion, RegionState
+from crailfs.wire.messages import AttachedRegion, HeaderPage, RegionState
 from storage_server.media import Medium
+from storage_server.media.headers import HeaderStore
 
 PROVISION_MARGIN_BYTES: Final = 1 * GIB
 """How far memory is provisioned beyond the highest block that was ever handed out: what a writer of
@@ -31,6 +33,7 @@ class Region:
         self.failed_blocks: set[int] = set()
         self.high_water_blocks = 0
         self._high_water_changed = trio.Event()
+        self._headers_turn = trio.Lock()
         superblock = medium.superblock
         self._block_size_bytes = superblock.block_size_bytes
         # 8 bytes a block, of which the kernel supplies only the pages that were ever stored to.
@@ -53,8 +56,9 @@ class Region:
             durable=self.medium.durable,
             label=str(self.medium.path),
             medium=self.medium.kind,
-            keeps_headers=self.medium.headers is not None,
-            held_blocks=0 if self.medium.headers is None else self.medium.headers.held_blocks,
+            keeps_headers=self.headers is not None,
+            held_blocks=0 if self.headers is None else self.headers.held_blocks,
+            header_sequence=self.header_sequence,
         )
 
     @property
@@ -132,3 +136,39 @@ class Region:
     async def high_water_raised(self) -> None:
         """Wait until ``raise_high_water`` raises it."""
         await self._high_water_changed.wait()
+
+    # --- headers --------------------------------------------------------------------------------
+
+    @property
+    def headers(self) -> HeaderStore | None:
+        return self.medium.headers
+
+    @property
+    def header_sequence(self) -> int:
+        """Of the last change that is durable in the headers; 0 also if there are none."""
+        return 0 if self.headers is None else self.headers.applied_sequence
+
+    def has_blocks(self, first_block: int, block_count: int) -> bool:
+        """Whether it has these blocks, at least one."""
+        return block_count > 0 and first_block + block_count <= self.medium.superblock.block_count
+
+    async def apply_headers(self, changes: Sequence[HeaderChange], last_sequence: int) -> None:
+        """As ``HeaderStore.apply``."""
+        async with self._headers_turn:
+            assert self.headers is not None
+            # A thread that is abandoned by a cancellation would write to a region that is closed.
+            await trio.to_thread.run_sync(self.headers.apply, changes, last_sequence)
+
+    async def read_headers(self, first_block: int, header_limit: int) -> HeaderPage:
+        """As ``HeaderStore.read``. Raises ``NotSupportedError`` if the region keeps none."""
+        if self.headers is None:
+            raise NotSupportedError(f"region {self.region_id} keeps no block headers")
+        if not 1 <= header_limit <= HEADER_PAGE_MAX:
+            raise InvalidError(f"{header_limit} headers at once: 1 to {HEADER_PAGE_MAX} can be had")
+        if first_block > self.medium.superblock.block_count:
+            raise InvalidError(f"region {self.region_id} has no block {first_block}")
+        async with self._headers_turn:
+            found, next_block = await trio.to_thread.run_sync(
+                self.headers.read, first_block, header_limit
+            )
+        return HeaderPage(tuple(found), next_block)

@@ -22,6 +22,7 @@ from crailfs.records import StorageServerInfo
 from crailfs.transports import read_boot_id
 from crailfs.wire.messages import ClusterMap, Role
 from storage_server.fencing import Fencing
+from storage_server.header_follower import HeaderFollower
 from storage_server.media import Medium, open_medium
 from storage_server.region import Region
 from storage_server.registrar import Registrar, fetch_cluster_map
@@ -75,6 +76,8 @@ async def serve(
                 for region in regions:
                     work.start_soon(registrar.provision, region)
                 work.start_soon(registrar.run)
+                follower = HeaderFollower(metadata, state.server_id, regions, services)
+                work.start_soon(follower.run)
                 work.start_soon(_sweep, fencing)
                 task_status.started(bound)
 

@@ -21,6 +21,7 @@ from crailfs.errors import (
     CrailError,
     DamagedError,
     InvalidError,
+    NotPermittedError,
     NotSupportedError,
     TryAgainError,
 )
@@ -35,6 +36,7 @@ from crailfs.wire.messages import (
     Message,
     Opcode,
     ReadBlocks,
+    ReadHeaders,
     Role,
     StorageStatus,
     StorageStatusReply,
@@ -53,6 +55,7 @@ OPERATIONS: Final = frozenset(
         Opcode.READ_BLOCKS,
         Opcode.WRITE_BLOCKS,
         Opcode.FLUSH_REGION,
+        Opcode.READ_HEADERS,
         Opcode.STORAGE_STATUS,
     }
 )
@@ -142,6 +145,8 @@ class Services:
                 self._write(peer, request_id, request, payload)
             case FlushRegion():
                 self._flush(peer, request_id, request)
+            case ReadHeaders():
+                self._read_headers(peer, request_id, request)
             case AttachRegions():
                 self._attach(peer, request_id, request)
             case StorageStatus():
@@ -222,6 +227,18 @@ class Services:
 
         self._nursery.start_soon(self._at_device, peer, request_id, region, 0, 0, flush)
 
+    def _read_headers(self, peer: Peer, request_id: int, request: ReadHeaders) -> None:
+        if peer.role is not Role.OPERATOR:
+            raise NotPermittedError("block headers are for operators")
+        region = self._region(request.region)
+
+        async def read() -> None:
+            peer.reply(
+                request_id, await region.read_headers(request.first_block, request.header_limit)
+            )
+
+        self._nursery.start_soon(self._at_device, peer, request_id, region, 0, 0, read)
+
     def _attach(self, peer: Peer, request_id: int, request: AttachRegions) -> None:
         if not peer.is_local:
             raise NotSupportedError("regions can be attached only over the Unix socket")
@@ -270,6 +287,8 @@ class Services:
     ) -> None:
         try:
             await work()
+        except CrailError as error:
+            peer.reply_error(request_id, error)
         except OSError as error:
             peer.reply_error(request_id, self._device_failed(region, offset, byte_count, error))
 
