@@ -16,6 +16,7 @@ from storage_server.media.disk import DiskMedium
 from storage_server.media.headers import HeaderStore
 from storage_server.media.layout import Layout
 from storage_server.media.memory import MemoryMedium
+from storage_server.media.pmem import PmemMedium
 from storage_server.media.superblock import Superblock
 
 
@@ -86,6 +87,10 @@ def open_medium(
     """
     if config.tier == Tier.MEMORY:
         return MemoryMedium.open(
+            config, cluster_id=cluster_id, block_size_bytes=block_size_bytes, known_uuid=known_uuid
+        )
+    if config.tier == Tier.PMEM:
+        return PmemMedium.open(
             config, cluster_id=cluster_id, block_size_bytes=block_size_bytes, known_uuid=known_uuid
         )
     if config.tier in (Tier.NVME, Tier.DISK):
