@@ -36,6 +36,7 @@ XATTR_VALUE_MAX_BYTES: Final = 64 * KIB
 XATTR_TOTAL_MAX_BYTES: Final = 256 * KIB
 """All names and values of one node."""
 LOCATION_MAX_BYTES: Final = 64
+TTL_MAX_S: Final = 100 * 366 * 86_400
 FILE_SIZE_MAX_BYTES: Final = (1 << 63) - 1 - 16 * MIB
 
 # --- space --------------------------------------------------------------------------------------

@@ -27,26 +27,34 @@ from crailfs.wire.messages import (
     CommitFile,
     Empty,
     GetClusterMap,
+    GetExtents,
     GetStatistics,
     HeartbeatReply,
     KeepAlive,
     KeepAliveReply,
     Message,
+    NextMoves,
     Opcode,
     RegisterStorage,
     Role,
+    SetXattr,
     Status,
     StorageHeartbeat,
     Welcome,
 )
-from metadata_server import sessions
+from metadata_server import region_use, sessions
 from metadata_server.clients import Client
 from metadata_server.context import Context
 from metadata_server.driver import Driver
+from metadata_server.expiry import Expiry
+from metadata_server.heat import Heat
 from metadata_server.invalidation import Invalidator
+from metadata_server.last_use import note_use
 from metadata_server.leases import Leases
 from metadata_server.membership import Membership
+from metadata_server.moves import Planner
 from metadata_server.ops import RUN, get_cluster_map, get_statistics
+from metadata_server.ops._xattrs import TTL_XATTR
 from metadata_server.txn import Txn
 
 log = logging.getLogger(__name__)
@@ -63,12 +71,17 @@ class Timings(NamedTuple):
 DEFAULT_TIMINGS = Timings()
 
 _STORAGE_OPERATIONS = frozenset(
-    {Opcode.REGISTER_STORAGE, Opcode.STORAGE_HEARTBEAT, Opcode.FETCH_HEADER_CHANGES}
+    {
+        Opcode.REGISTER_STORAGE,
+        Opcode.STORAGE_HEARTBEAT,
+        Opcode.FETCH_HEADER_CHANGES,
+        Opcode.NEXT_MOVES,
+    }
 )
 _SALVAGE = frozenset({Opcode.BEGIN_SALVAGE, Opcode.SALVAGE_FILE, Opcode.END_SALVAGE})
 _INFORMATION = frozenset({Opcode.GET_CLUSTER_MAP, Opcode.GET_STATUS, Opcode.AUDIT})
 _SESSION = frozenset({Opcode.KEEP_ALIVE, Opcode.END_SESSION})
-_OWN = _SESSION | {Opcode.SYNC_METADATA, Opcode.GET_STATUS, Opcode.AUDIT}
+_OWN = _SESSION | {Opcode.SYNC_METADATA, Opcode.GET_STATUS, Opcode.AUDIT, Opcode.NEXT_MOVES}
 OPERATIONS_SERVED = frozenset(RUN) | _OWN
 _MUTATING = frozenset(opcode for opcode in OPERATIONS_SERVED if OPERATIONS[opcode].mutates)
 _PERMITTED = {
@@ -83,6 +96,16 @@ _HARMLESS = frozenset({Opcode.GRANT_BLOCKS, Opcode.RETURN_BLOCKS})
 
 HELD_UP_S = 2.0
 """Between two ticks."""
+
+
+class WaterMarks(NamedTuple):
+    """See ``MetadataConfig.tier_high_water`` and ``tier_low_water``."""
+
+    high: float = 0.9
+    low: float = 0.8
+
+
+DEFAULT_WATER_MARKS = WaterMarks()
 
 
 class _Answer(NamedTuple):
@@ -124,6 +147,7 @@ class MetadataHandler:
         driver: Driver,
         timings: Timings = DEFAULT_TIMINGS,
         clock_s: Callable[[], float] = time.monotonic,
+        water_marks: WaterMarks = DEFAULT_WATER_MARKS,
     ) -> None:
         self._driver = driver
         self._timings = timings
@@ -142,6 +166,11 @@ class MetadataHandler:
         )
         self._membership = Membership(
             driver, timeout_s=timings.storage_timeout_ms / 1000, clock_s=clock_s
+        )
+        self._heat = Heat(clock_s)
+        self._planner = Planner(self._heat, water_marks.high, water_marks.low)
+        self._expiry = Expiry(
+            self._invalidator.run, (timings.session_timeout_ms + timings.lease_ms) / 1000
         )
         self._pending: dict[tuple[int, int], _Pending] = {}
         self._answers: list[_Answer] = []
@@ -163,6 +192,7 @@ class MetadataHandler:
             Opcode.REGISTER_STORAGE: self._storage,
             Opcode.STORAGE_HEARTBEAT: self._storage,
             Opcode.FETCH_HEADER_CHANGES: self._fetch_header_changes,
+            Opcode.NEXT_MOVES: self._next_moves,
             **{opcode: partial(self._salvage, opcode) for opcode in _SALVAGE},
         }
         self._missing: set[int] = set()
@@ -246,6 +276,8 @@ class MetadataHandler:
             reply, _, shown = self._driver.execute(client_id, request_id, opcode, request)
             if client_id:
                 self._leases.show(client_id, shown)
+            if isinstance(request, GetExtents):
+                self._heat.use(request.ino)
             self._answers.append(_Answer(peer, request_id, reply))
 
     def _change(self, peer: Peer, opcode: Opcode, request_id: int, request: Message) -> None:
@@ -262,6 +294,10 @@ class MetadataHandler:
         if isinstance(outcome.reply, TryAgainError):
             # Blocks that files no longer have come back once that outlives a power cut.
             self.sync_wanted()
+        if isinstance(request, CommitFile):
+            self._heat.use(request.ino)
+        elif isinstance(request, SetXattr) and request.name == TTL_XATTR:
+            self._expiry.wake()
         is_durable = isinstance(request, CommitFile) and request.durable
         pending = _Pending(client_id, request_id, peer, outcome.reply, is_durable)
         nobody_asked = not outcome.invalidations or self._invalidator.announce(
@@ -322,10 +358,20 @@ class MetadataHandler:
 
         def operation(txn: Txn, context: Context) -> tuple[int, ...]:
             sessions.forget_replies(txn, client_id, request.completed_below)
-            return tuple(ino for ino in request.renew if txn.find_node(ino) is None)
+            gone = []
+            for ino in request.renew:
+                node = txn.find_node(ino)
+                if node is None:
+                    gone.append(ino)
+                else:
+                    note_use(txn, context, node)
+            return tuple(gone)
 
         gone = self._driver.run(operation, client_id)
-        self._leases.show(client_id, set(request.renew).difference(gone))
+        renewed = set(request.renew).difference(gone)
+        self._leases.show(client_id, renewed)
+        for ino in renewed:
+            self._heat.use(ino)
         self._answers.append(_Answer(peer, request_id, KeepAliveReply(gone)))
 
     def _client_ends(self, peer: Peer, request_id: int, request: Message) -> None:
@@ -383,8 +429,15 @@ class MetadataHandler:
             epoch=self._driver.epoch,
             uptime_seconds=self._clock_s() - self._started_s,
             counters=self.counters(),
+            regions=self._driver.run(lambda txn, _: region_use.of_regions(txn)),
         )
         self._answers.append(_Answer(peer, request_id, reply))
+
+    def _next_moves(self, peer: Peer, request_id: int, request: NextMoves) -> None:
+        moves = self._driver.run(
+            lambda txn, context: self._planner.next_moves(txn, request, context)
+        )
+        self._answers.append(_Answer(peer, request_id, moves))
 
     def _audit(self, peer: Peer, request_id: int, request: Message) -> None:
         self._answers.append(_Answer(peer, request_id, self._driver.audit()))
@@ -404,6 +457,7 @@ class MetadataHandler:
             "leased_inodes": self._leases.inode_count,
             "replies_waiting": len(self._pending),
             "changes_deferred": len(self._deferred),
+            "nodes_expired": self._expiry.removed_count,
             "header_changes_waiting": self._driver.header_change_count,
         }
 
@@ -441,6 +495,14 @@ class MetadataHandler:
         self._expire_sessions(now_s)
         self._membership.expire()
         self.batch_done()
+
+    def expire_nodes(self) -> bool:
+        """Remove some of the nodes whose time to live is over. True: there is more to do now."""
+        if self._missing:
+            return False
+        more = self._expiry.step()
+        self.batch_done()
+        return more
 
     def _excuse_silence(self, held_up_s: float) -> None:
         """This process itself did not run: what came meanwhile is yet to be read."""

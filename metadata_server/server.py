@@ -11,13 +11,21 @@ from crailfs.errors import CrailError
 from crailfs.limits import JOURNAL_SYNC_INTERVAL_MS
 from crailfs.net import server as rpc
 from metadata_server.driver import Driver
-from metadata_server.handler import DEFAULT_TIMINGS, OPERATIONS_SERVED, MetadataHandler, Timings
+from metadata_server.handler import (
+    DEFAULT_TIMINGS,
+    OPERATIONS_SERVED,
+    MetadataHandler,
+    Timings,
+    WaterMarks,
+)
 
 __all__ = ["Timings", "serve"]
 
 log = logging.getLogger(__name__)
 
 _TICKS_PER_LEASE = 20
+_EXPIRY_BUSY_S = 0.02
+_EXPIRY_IDLE_S = 0.5
 
 
 async def serve(
@@ -34,11 +42,13 @@ async def serve(
     """
     driver = Driver.open(config)
     try:
-        handler = MetadataHandler(driver, timings)
+        water_marks = WaterMarks(config.tier_high_water, config.tier_low_water)
+        handler = MetadataHandler(driver, timings, water_marks=water_marks)
         credentials = Credentials(cluster_id=driver.cluster_id, secret=config.credentials.secret)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_keep_durable, driver, handler)
             nursery.start_soon(_tick, handler, timings)
+            nursery.start_soon(_expire_nodes, handler)
             await rpc.serve(
                 config.listen,
                 handler,
@@ -58,6 +68,17 @@ async def _tick(handler: MetadataHandler, timings: Timings) -> None:
             handler.tick()
         except CrailError:
             log.exception("what is due by time could not be done; trying again")
+
+
+async def _expire_nodes(handler: MetadataHandler) -> None:
+    """In steps of a few milliseconds, most of the time asleep."""
+    while True:
+        more = False
+        try:
+            more = handler.expire_nodes()
+        except CrailError:
+            log.exception("nodes whose time to live is over could not be removed; trying again")
+        await trio.sleep(_EXPIRY_BUSY_S if more else _EXPIRY_IDLE_S)
 
 
 async def _keep_durable(driver: Driver, handler: MetadataHandler) -> None:

@@ -51,7 +51,7 @@ ABSENT: Final = Entry(0)
 
 class Node:
     """One inode. The fields hold only while ``NodeCache.is_live``, except that ``blocks`` may be
-    taken up again when fresh attributes show the ``data_version`` that it belongs to."""
+    taken up again when fresh attributes show the version that it belongs to: ``blocks_version``."""
 
     __slots__ = (
         "attributes",
@@ -74,7 +74,7 @@ class Node:
         self.connection = 0
         self.attributes: Attributes | None = None
         self.blocks: BlockMap | None = None
-        self.blocks_version = -1
+        self.blocks_version = (-1, -1)
         self.extents_counted = 0
         self.names: dict[bytes, Entry] = {}
         self.complete = False
@@ -182,10 +182,20 @@ class NodeCache:
         if (
             node.blocks is None
             or node.attributes is None
-            or node.blocks_version != node.attributes.data_version
+            or node.blocks_version != _version(node.attributes)
         ):
             return None
         return node.blocks
+
+    def blocks_before(
+        self, node: Node, attributes: Attributes, *, data_changes: int
+    ) -> BlockMap | None:
+        """The node's block map, if ``attributes`` are what its own attributes became by one
+        operation of this client that changed the data so many times, and by nothing else."""
+        data_version, moves = _version(attributes)
+        if node.blocks_version != (data_version - data_changes, moves):
+            return None
+        return self.blocks(node)
 
     # --- storing what replies showed --------------------------------------------------------
 
@@ -304,7 +314,7 @@ class NodeCache:
         """``blocks`` belongs to the attributes that ``node`` has now."""
         assert node.attributes is not None
         node.blocks = blocks
-        node.blocks_version = node.attributes.data_version
+        node.blocks_version = _version(node.attributes)
         self.count_extents(node)
 
     def count_extents(self, node: Node) -> None:
@@ -418,3 +428,8 @@ class NodeCache:
                 self._nodes.move_to_end(ino)
             else:
                 self._remove(node)
+
+
+def _version(attributes: Attributes) -> tuple[int, int]:
+    """What a map of the node's blocks belongs to."""
+    return attributes.data_version, attributes.moves

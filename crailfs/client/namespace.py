@@ -106,7 +106,10 @@ class NameSpace:
         ticket = self.cache.ticket()
         attributes: Attributes = await self._session.call(Opcode.SET_ATTRIBUTES, request)
         known = self.cache.node(request.ino)
-        blocks = None if known is None else self.cache.blocks(known)
+        blocks = None
+        if known is not None and known.attributes is not None:
+            resized = request.size is not None and request.size != known.attributes.size
+            blocks = self.cache.blocks_before(known, attributes, data_changes=int(resized))
         node = self.cache.store(attributes, ticket, changed=True)
         if node is not None and blocks is not None:
             if request.size is not None:

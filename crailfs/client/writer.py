@@ -242,8 +242,10 @@ class Writer:
             raise
         if state.pending:
             await self.commit(state, durable=True)
-        else:
+        elif state.node.attributes is not None and state.node.attributes.synced:
             await self._session.call(Opcode.SYNC_METADATA, SyncMetadata())
+        else:
+            await self._commit_nothing(state)
 
     async def commit(self, state: FileState, *, durable: bool = False) -> None:
         """Publish everything that is pending.
@@ -318,12 +320,20 @@ class Writer:
             state.pending.pop(file_block, None)
         state.uncertain -= set(batch.file_blocks)
         state.epoch += 1
-        blocks = cache.blocks(state.node)
+        blocks = cache.blocks_before(state.node, attributes, data_changes=1)
         node = cache.store(attributes, ticket, changed=True)
         if node is not None and blocks is not None:
             for extent in batch.extents:
                 blocks.put(extent)
             cache.set_blocks(node, blocks)
+
+    async def _commit_nothing(self, state: FileState) -> None:
+        """What is committed shall outlive a power cut, and not be moved to where it does not."""
+        request = CommitFile(state.ino, (), (), 0, state.mtime_ns, durable=True)
+        cache = self._session.cache
+        ticket = cache.ticket()
+        attributes: Attributes = await self._session.call(Opcode.COMMIT_FILE, request)
+        cache.store(attributes, ticket, changed=True)
 
     async def _resolve_uncertain(self, state: FileState) -> None:
         """Find out what became of a commit that was never answered. What is not found committed is

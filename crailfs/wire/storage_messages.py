@@ -205,9 +205,13 @@ class WriteBlocks(Message, frozen=True):
 
 
 class FlushRegion(Message, frozen=True):
-    """Answered when all that this connection wrote to the region is as durable as it can be."""
+    """Answered when all that this connection wrote to the region is as durable as it can be; or,
+    with a ``byte_count``, these bytes, wherever they came from."""
 
     region: int
+    offset: int = 0
+    byte_count: int = 0
+    """0: the whole region."""
 
 
 class FlushReply(Message, frozen=True):
@@ -334,6 +338,8 @@ class Moves(Message, frozen=True):
     moves: tuple[Move, ...]
     urgent: bool = False
     """A tier is nearly full: do not wait until the server is idle."""
+    more: bool = False
+    """Not everything was looked at, also if ``moves`` is empty: ask again at once."""
 
 
 class MoveExtent(Message, frozen=True):

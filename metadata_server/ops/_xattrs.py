@@ -19,7 +19,9 @@ from crailfs.records import StorageClass as _StorageClass
 from metadata_server.ops.create_node import check_placement
 
 CRAIL_PREFIX = b"user.crail."
+TTL_XATTR = b"user.crail.ttl"
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
+_TTL_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _USER_KINDS = DATA_KINDS | DIRECTORY_KINDS
 
 
@@ -86,6 +88,18 @@ def _set_durability(node: Attributes, text: str, block_size_bytes: int) -> Place
     return replace(node.placement, durability=durability)
 
 
+def _set_pinned(node: Attributes, text: str, block_size_bytes: int) -> Placement:
+    if text not in ("true", "false"):
+        raise InvalidError(f"user.crail.pin: {text[:32]!r} is not true or false")
+    return replace(node.placement, pinned=text == "true")
+
+
+def _set_ttl(node: Attributes, text: str, block_size_bytes: int) -> Placement:
+    unit_s = _TTL_UNITS_S.get(text[-1:])
+    number = _parse_integer("ttl", text if unit_s is None else text[:-1])
+    return replace(node.placement, ttl_s=number * (unit_s or 1), ttl_is_own=True)
+
+
 def _set_kind(node: Attributes, text: str, block_size_bytes: int) -> Placement:
     # Copying all attributes to a node of the same kind works; nothing can change the kind.
     if text != node.kind.name.lower():
@@ -118,6 +132,16 @@ CRAIL_XATTRS: dict[bytes, CrailXattr] = {
         lambda node, _: node.placement.durability.name.lower(),
         _set_durability,
         lambda placement, default: replace(placement, durability=default.durability),
+    ),
+    b"user.crail.pin": CrailXattr(
+        lambda node, _: "true" if node.placement.pinned else "false",
+        _set_pinned,
+        lambda placement, default: replace(placement, pinned=default.pinned),
+    ),
+    TTL_XATTR: CrailXattr(
+        lambda node, _: str(node.placement.ttl_s),
+        _set_ttl,
+        lambda placement, default: replace(placement, ttl_s=default.ttl_s, ttl_is_own=False),
     ),
     b"user.crail.kind": CrailXattr(lambda node, _: node.kind.name.lower(), _set_kind, None),
 }

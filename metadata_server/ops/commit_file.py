@@ -15,7 +15,10 @@ from metadata_server.txn import Txn
 
 
 def run(txn: Txn, request: CommitFile, context: Context) -> Attributes:
-    """Raises StaleError (the file is gone), FencedError (a block is not the client's to give) and
+    """A commit of nothing changes neither times nor versions: it is how a client says that what is
+    there already shall outlive a power cut.
+
+    Raises StaleError (the file is gone), FencedError (a block is not the client's to give) and
     ConflictError (a block in ``bases`` is not what it was)."""
     node = txn.node(request.ino)
     if node.kind not in DATA_KINDS:
@@ -43,9 +46,10 @@ def run(txn: Txn, request: CommitFile, context: Context) -> Attributes:
         node,
         size=size,
         block_count=node.block_count + growth,
-        mtime_ns=request.mtime_ns,
-        ctime_ns=context.now_ns,
+        mtime_ns=request.mtime_ns if changed else node.mtime_ns,
+        ctime_ns=context.now_ns if changed else node.ctime_ns,
         data_version=node.data_version + changed,
+        synced=node.synced or request.durable,
     )
     txn.put_node(node)
     context.changed(node.ino)

@@ -7,7 +7,12 @@ import stat
 from msgspec.structs import replace
 
 from crailfs.errors import ExistsError, InvalidError, IsADirectoryCrailError, NameTooLongError
-from crailfs.limits import GRANT_BLOCKS_MAX, LOCATION_MAX_BYTES, SYMLINK_MAX_BYTES
+from crailfs.limits import (
+    GRANT_BLOCKS_MAX,
+    LOCATION_MAX_BYTES,
+    SYMLINK_MAX_BYTES,
+    TTL_MAX_S,
+)
 from crailfs.records import DIRECTORY_KINDS, Attributes, NodeKind, Placement
 from crailfs.wire.messages import CreateNode, CreateReply
 from metadata_server import schema
@@ -115,6 +120,8 @@ def _placement(request: CreateNode, inherited: Placement) -> Placement:
         "allocation_blocks": request.allocation_blocks,
     }
     chosen = {name: value for name, value in named.items() if value is not None}
+    if inherited.ttl_is_own:
+        inherited = replace(inherited, ttl_is_own=False)
     if not chosen:
         return inherited
     placement: Placement = replace(inherited, **chosen)
@@ -132,6 +139,8 @@ def check_placement(placement: Placement) -> None:
         raise InvalidError(
             f"allocation of {placement.allocation_blocks} blocks: between 1 and {GRANT_BLOCKS_MAX}"
         )
+    if not 0 <= placement.ttl_s <= TTL_MAX_S:
+        raise InvalidError(f"time to live of {placement.ttl_s} s: at most {TTL_MAX_S}")
     if placement.replicas != 1:
         raise InvalidError(
             f"{placement.replicas} replicas: this version keeps exactly one copy of each block"

@@ -8,6 +8,7 @@ from crailfs.records import DATA_KINDS
 from crailfs.wire.messages import ExtentPage, GetExtents
 from metadata_server import extents
 from metadata_server.context import Context
+from metadata_server.last_use import note_use
 from metadata_server.ops._nodes import kind_name
 from metadata_server.txn import Txn
 
@@ -19,6 +20,7 @@ def run(txn: Txn, request: GetExtents, context: Context) -> ExtentPage:
     end_block = request.first_block + request.block_count
     if request.first_block < 0 or request.block_count < 1 or end_block > FILE_SIZE_MAX_BYTES:
         raise InvalidError(f"no file has blocks {request.first_block} to {end_block - 1}")
+    node = note_use(txn, context, node)
     context.shown.append(node.ino)
     found = extents.overlapping(
         txn, node.ino, request.first_block, end_block, limit=EXTENT_PAGE_MAX + 1

@@ -33,7 +33,8 @@ from tests.metadata.name_space import BLOCK_SIZE_BYTES, NameSpace
 CRAIL_NAMES = {
     b"user.crail." + name
     for name in (
-        b"storage_class", b"location", b"block_size", b"replicas", b"durability", b"kind",
+        b"storage_class", b"location", b"block_size", b"replicas", b"durability", b"pin", b"ttl",
+        b"kind",
     )
 }  # fmt: skip
 
@@ -232,6 +233,8 @@ def test_placement_as_xattrs(space: NameSpace) -> None:
         b"user.crail.block_size": b"%d" % BLOCK_SIZE_BYTES,
         b"user.crail.replicas": b"1",
         b"user.crail.durability": b"fsync",
+        b"user.crail.pin": b"false",
+        b"user.crail.ttl": b"0",
         b"user.crail.kind": b"file",
     }
     changes = {
@@ -239,6 +242,8 @@ def test_placement_as_xattrs(space: NameSpace) -> None:
         b"user.crail.location": b"rack7",
         b"user.crail.block_size": b"%d" % (16 * BLOCK_SIZE_BYTES),
         b"user.crail.durability": b"close",
+        b"user.crail.pin": b"true",
+        b"user.crail.ttl": b"3600",
     }
     for name, value in changes.items():
         space.set_xattr(file, name, value)
@@ -247,6 +252,29 @@ def test_placement_as_xattrs(space: NameSpace) -> None:
     for name in changes:
         space.remove_xattr(file, name)
     assert {name: space.get_xattr(file, name) for name in CRAIL_NAMES} == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(b"0", 0), (b"45", 45), (b"45s", 45), (b"90m", 5_400), (b"12h", 43_200), (b"7d", 604_800)],
+)
+def test_a_time_to_live_may_have_a_unit(space: NameSpace, value: bytes, seconds: int) -> None:
+    scratch = space.mkdir(b"scratch")
+    space.set_xattr(scratch, b"user.crail.ttl", value)
+    assert space.get_xattr(scratch, b"user.crail.ttl") == b"%d" % seconds
+
+
+def test_pin_and_time_to_live_are_inherited(space: NameSpace) -> None:
+    scratch = space.mkdir(b"scratch")
+    space.set_xattr(scratch, b"user.crail.ttl", b"1h")
+    space.set_xattr(scratch, b"user.crail.pin", b"true")
+    inner = space.mkdir(b"inner", scratch)
+    file = space.create(b"file", inner).ino
+    for ino in (inner, file):
+        assert space.get_xattr(ino, b"user.crail.ttl") == b"3600"
+        assert space.get_xattr(ino, b"user.crail.pin") == b"true"
+    space.remove_xattr(file, b"user.crail.ttl")
+    assert space.get_xattr(file, b"user.crail.ttl") == b"0"
 
 
 def test_a_directorys_placement_goes_back_to_its_parents(space: NameSpace) -> None:
@@ -274,6 +302,12 @@ def test_a_directorys_placement_goes_back_to_its_parents(space: NameSpace) -> No
         (b"replicas", b"2"),
         (b"replicas", b"0"),
         (b"durability", b"never"),
+        (b"pin", b"yes"),
+        (b"ttl", b""),
+        (b"ttl", b"d"),
+        (b"ttl", b"-1"),
+        (b"ttl", b"1.5h"),
+        (b"ttl", b"36601d"),
         (b"unknown", b"1"),
     ],
 )
