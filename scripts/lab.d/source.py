@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from image import CHECKOUT, Image, cache
+from image import CHECKOUT, GUEST, Image, cache
 from processes import dies_with_us
 
 LIMIT_S = 300
@@ -31,7 +31,7 @@ def make_disk(image: Image, disk: Path) -> None:
         subprocess.run(
             ["mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-d", str(staging), str(disk), "128M"],
             check=True,
-            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             timeout=LIMIT_S,
             preexec_fn=dies_with_us(),
         )
@@ -69,10 +69,14 @@ def _compile(image: Image, staging: Path) -> None:
     # cannot start itself again (by its path it would take the host's C library): one process.
     root = image.root
     argv = [str(root / "usr/lib64/ld-linux-x86-64.so.2"), "--library-path"]
-    argv += [str(root / "usr/lib/x86_64-linux-gnu"), str(root / "usr/bin/python3.13"), "-I", "-S"]
+    argv += [str(root / "usr/lib/x86_64-linux-gnu"), str(root / "usr/bin/python3.13"), "-s", "-P"]
     subprocess.run(
-        [*argv, "-m", "compileall", "-q", "-s", str(staging), "-p", "/src", str(staging)],
-        env={"PYTHONHOME": str(root / "usr"), "PATH": os.environ["PATH"]},
+        [*argv, str(GUEST / "compile.py"), str(staging)],
+        env={
+            "PYTHONHOME": str(root / "usr"),
+            "PYTHONPATH": str(root / "usr/lib/python3/dist-packages"),
+            "PATH": os.environ["PATH"],
+        },
         check=True,
         timeout=LIMIT_S,
         preexec_fn=dies_with_us(),
