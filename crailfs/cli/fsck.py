@@ -1,4 +1,5 @@
-"""``crail fsck``: the metadata server's audit, and with ``--data`` every stored byte."""
+"""``crail fsck``: the metadata server's audit, with ``--data`` every stored byte; and what can be
+done when the metadata server's state is lost."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ EXAMPLES = """\
   crail fsck                                the running file system, without stopping it
   crail fsck --data                         and read every block and check its checksum
   crail fsck --state /var/lib/crailfs/mnt-crail     one that is down
+  crail fsck --salvage                      the metadata server's state is lost, and a new one is
+                                            running: files from the regions into /lost+found
 exit codes: 0 nothing found, 6 damage found, 3 not reachable, 4 --state of one that is up
 """
 
@@ -41,10 +44,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="check one that is down: the state directory of `crail up` or of a metadata server",
     )
+    parser.add_argument(
+        "--salvage",
+        action="store_true",
+        help="put the files of a lost name space, as far as persistent memory and NVMe regions "
+        "hold them, into /lost+found of the new one; can be repeated",
+    )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="with --salvage: do not read every block and check it against its checksum",
+    )
+    parser.add_argument(
+        "--discard-unclaimed",
+        action="store_true",
+        help="give up what regions hold of a lost name space, so that they can be used again",
+    )
+    parser.add_argument(
+        "--yes-lose-the-data",
+        action="store_true",
+        help="needed with --discard-unclaimed, which cannot be taken back",
+    )
     add_cluster_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    _check(options)
+    if options.salvage or options.discard_unclaimed:
+        from crailfs.cli import fsck_salvage
+
+        return fsck_salvage.run(options)
     if options.state is not None:
         if options.data:
             raise ConfigurationError(
@@ -56,6 +85,25 @@ def run(options: argparse.Namespace) -> int:
     import trio
 
     return trio.run(_check_online, target_of(options).settings.client(), options.data)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ConfigurationError for options that do not go together."""
+    others = options.data or options.state is not None
+    if options.salvage and (others or options.discard_unclaimed):
+        raise ConfigurationError(
+            "--salvage goes without --data, --state and --discard-unclaimed: it works on a running "
+            "cluster and verifies what it finds"
+        )
+    if options.no_verify and not options.salvage:
+        raise ConfigurationError("--no-verify goes with --salvage")
+    if options.discard_unclaimed and others:
+        raise ConfigurationError("--discard-unclaimed goes without --data and --state")
+    if options.discard_unclaimed != options.yes_lose_the_data:
+        raise ConfigurationError(
+            "--discard-unclaimed gives up all files of the lost name space, which --salvage could "
+            "bring back: confirm it with --yes-lose-the-data"
+        )
 
 
 def _offline_config(directory: Path) -> MetadataConfig:
