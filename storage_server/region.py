@@ -88,12 +88,16 @@ class Region:
 
     def check_range(self, offset: int, byte_count: int) -> None:
         """Raises ``InvalidError`` unless these bytes lie in blocks that can have been granted."""
-        usable_bytes = self.medium.usable_blocks * self._block_size_bytes
         if not 1 <= byte_count <= PAYLOAD_MAX_BYTES:
             raise InvalidError(
                 f"{byte_count} bytes in one request; expected 1 to {PAYLOAD_MAX_BYTES}"
             )
-        if not 0 <= offset <= usable_bytes - byte_count:
+        self.check_inside(offset, byte_count)
+
+    def check_inside(self, offset: int, byte_count: int) -> None:
+        """``check_range`` for bytes that are not the request's payload."""
+        usable_bytes = self.medium.usable_blocks * self._block_size_bytes
+        if byte_count < 1 or not 0 <= offset <= usable_bytes - byte_count:
             raise InvalidError(
                 f"bytes {offset} to {offset + byte_count} are not in region {self.region_id}, "
                 f"which has {usable_bytes} usable ones"

@@ -8,9 +8,10 @@ rest in tasks.
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Final
 
 import trio
@@ -24,15 +25,19 @@ from crailfs.errors import (
     NotPermittedError,
     NotSupportedError,
     TryAgainError,
+    UnavailableError,
 )
 from crailfs.limits import LEASE_MS
 from crailfs.net.server import Peer
 from crailfs.wire.messages import (
     AttachRegions,
     AttachReply,
+    ClientConnection,
+    ConnectQueuePair,
     Empty,
     FlushRegion,
     FlushReply,
+    FlushRung,
     Message,
     Opcode,
     ReadBlocks,
@@ -45,6 +50,7 @@ from crailfs.wire.messages import (
 )
 from storage_server.buffers import Buffers
 from storage_server.fencing import Fencing
+from storage_server.queue_pairs import QueuePairs
 from storage_server.region import Region
 
 log = logging.getLogger(__name__)
@@ -57,6 +63,7 @@ OPERATIONS: Final = frozenset(
         Opcode.FLUSH_REGION,
         Opcode.READ_HEADERS,
         Opcode.STORAGE_STATUS,
+        Opcode.CONNECT_QUEUE_PAIR,
     }
 )
 
@@ -64,8 +71,12 @@ OPERATIONS: Final = frozenset(
 class Services:
     """The ``Handler`` of the storage server's connections. Work in threads runs in ``nursery``."""
 
-    def __init__(self, fencing: Fencing, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, fencing: Fencing, nursery: trio.Nursery, queue_pairs: QueuePairs | None = None
+    ) -> None:
+        """``queue_pairs`` None: RDMA is not offered."""
         self._fencing = fencing
+        self._queue_pairs = queue_pairs
         self._nursery = nursery
         self._buffers = Buffers()
         self._peers: dict[int, set[Peer]] = {}
@@ -78,6 +89,11 @@ class Services:
         """Serve these regions from now on, under their ids."""
         self._regions = {region.region_id: region for region in regions}
 
+    @property
+    def requests_served(self) -> int:
+        """Reads, writes and flushes so far."""
+        return sum(self.counters[name] for name in ("reads", "writes", "flushes"))
+
     # --- fencing --------------------------------------------------------------------------------
 
     def fence(self, client_ids: Iterable[int]) -> bool:
@@ -88,6 +104,8 @@ class Services:
         fresh = not clients <= self._must_fence
         self._must_fence = clients
         for client_id in clients:
+            with _logged("cutting off a client"):  # until it works, ``fenced`` does not name it
+                self._destroy_queue_pair(client_id)
             for peer in tuple(self._peers.get(client_id, ())):
                 peer.close(f"client {client_id:016x} lost its session")
         return fresh
@@ -99,6 +117,7 @@ class Services:
             for client_id in sorted(self._must_fence)
             if client_id not in self._peers
             and not self._writes_under_way[client_id]
+            and not self._has_queue_pair(client_id)
             and not self._fencing.has_life_line(client_id)
         )
 
@@ -119,6 +138,9 @@ class Services:
         peers.discard(peer)
         if not peers:
             self._peers.pop(peer.client_id, None)
+        if self._queue_pairs is not None and self._queue_pairs.came_over(peer):
+            with _logged("after a disconnection"):
+                self._destroy_queue_pair(peer.client_id)
 
     def payload_target(
         self, peer: Peer, opcode: Opcode, request: Message, byte_count: int
@@ -126,6 +148,9 @@ class Services:
         if not isinstance(request, WriteBlocks):
             raise InvalidError(f"{opcode.name} takes no payload")
         region = self._claim(request, byte_count)
+        if self._queue_pairs is not None and self._queue_pairs.reaches(region):
+            # It gave up a queue pair on which an earlier attempt at these bytes may be on its way.
+            self._destroy_queue_pair(peer.client_id)
         if region.medium.blocks is None:
             return self._buffers.take(byte_count)
         return region.medium.blocks[request.offset : request.offset + byte_count]
@@ -149,8 +174,10 @@ class Services:
                 self._read_headers(peer, request_id, request)
             case AttachRegions():
                 self._attach(peer, request_id, request)
+            case ConnectQueuePair():
+                self._connect_queue_pair(peer, request_id, request)
             case StorageStatus():
-                peer.reply(request_id, StorageStatusReply(dict(self.counters)))
+                peer.reply(request_id, StorageStatusReply(dict(self.counters), self._clients()))
             case _:
                 raise NotSupportedError(f"a storage server does not answer {opcode.name}")
 
@@ -221,6 +248,13 @@ class Services:
     def _flush(self, peer: Peer, request_id: int, request: FlushRegion) -> None:
         region = self._region(request.region)
         self.counters["flushes"] += 1
+        if request.byte_count:
+            region.check_inside(request.offset, request.byte_count)
+            if region.medium.blocks is not None:
+                region.medium.persist(request.offset, request.byte_count)
+                self.counters["range_flushes"] += 1
+                peer.reply(request_id, FlushReply(durable=region.medium.durable))
+                return
 
         async def flush() -> None:
             peer.reply(request_id, FlushReply(durable=await region.medium.flush()))
@@ -260,7 +294,48 @@ class Services:
             os.close(life_line_fd)
         self.counters["attaches"] += 1
 
+    def _connect_queue_pair(self, peer: Peer, request_id: int, request: ConnectQueuePair) -> None:
+        if self._queue_pairs is None:
+            raise NotSupportedError("this storage server does not offer rdma: use tcp")
+        if self._regions is None:
+            raise _not_registered()
+        if peer.role is not Role.CLIENT:
+            raise NotPermittedError("queue pairs are for clients")
+        self._destroy_queue_pair(peer.client_id)
+        peer.reply(request_id, self._queue_pairs.connect(peer, request))
+        self.counters["queue_pairs_connected"] += 1
+
+    def _clients(self) -> tuple[ClientConnection, ...]:
+        """Those that are connected, and those of this host that have attached the regions and need
+        no connection."""
+        connected = tuple(
+            self._describe(peer)
+            for peers in self._peers.values()
+            for peer in peers
+            if peer.role is Role.CLIENT
+        )
+        attached = tuple(
+            ClientConnection(client_id, "this host", "local")
+            for client_id in sorted(self._fencing.attached_clients() - set(self._peers))
+        )
+        return connected + attached
+
     # --- helpers --------------------------------------------------------------------------------
+
+    def _describe(self, peer: Peer) -> ClientConnection:
+        rung = None if self._queue_pairs is None else self._queue_pairs.rung(peer.client_id)
+        if rung is not None:
+            return ClientConnection(peer.client_id, peer.description, "rdma", rung)
+        transport = "local" if peer.is_local else "tcp"
+        return ClientConnection(peer.client_id, peer.description, transport, FlushRung.TCP)
+
+    def _has_queue_pair(self, client_id: int) -> bool:
+        return self._queue_pairs is not None and self._queue_pairs.rung(client_id) is not None
+
+    def _destroy_queue_pair(self, client_id: int) -> None:
+        """Raises ``UnavailableError`` if the device refuses."""
+        if self._queue_pairs is not None and self._queue_pairs.destroy(client_id):
+            self.counters["queue_pairs_destroyed"] += 1
 
     def _region(self, region_id: int) -> Region:
         if self._regions is None:
@@ -303,6 +378,14 @@ class Services:
             f"region {region.medium.path}, {byte_count} bytes at {offset}: {error.strerror}; "
             "check the device under it"
         )
+
+
+@contextlib.contextmanager
+def _logged(action: str) -> Iterator[None]:
+    try:
+        yield
+    except UnavailableError as error:
+        log.error("%s: %s", action, error.message)
 
 
 def _not_registered() -> TryAgainError:

@@ -150,7 +150,7 @@ class PendingIo:
             offset = run.block * self._block_size_bytes
             await transport.write(run.region, offset, run.generation, data)
         else:
-            await self._write_behind.send(state, run, _stable(data))
+            await self._write_behind.send(state, run, transport.stage(data), transport)
 
     async def _change_in_place(
         self, transport: Transport, block: PendingBlock, inner_offset: int, data: Buffer
@@ -187,12 +187,5 @@ class PendingIo:
         if buffer is not None:
             block.checksum = xxh3_64_intdigest(buffer)
             state.unflushed_regions.add(block.region)
-            await self._write_behind.send(state, block.run, buffer)
-
-
-def _stable(data: Buffer) -> Buffer:
-    """``data`` itself if nobody can change it, else a copy."""
-    if isinstance(data, bytes):
-        return data
-    view = memoryview(data)
-    return view if isinstance(view.obj, bytes) else bytes(view)
+            transport = await self._transport(block.region)
+            await self._write_behind.send(state, block.run, buffer, transport)

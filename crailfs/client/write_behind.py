@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import trio
 
@@ -11,11 +11,9 @@ from crailfs.client.storage import StorageAccess
 from crailfs.errors import CrailError
 from crailfs.limits import CLIENT_WRITE_BEHIND_MAX_BYTES
 from crailfs.records import Run
-from crailfs.units import MIB
+from crailfs.transports import Transport
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-
-_PIECE_BYTES: Final = 1 * MIB
 
 
 class WriteBehind:
@@ -35,12 +33,14 @@ class WriteBehind:
         self._in_flight_bytes = 0
         self._room = trio.lowlevel.ParkingLot()
 
-    async def send(self, state: FileState, run: Run, data: Buffer) -> None:
-        """Start writing ``data``, which nobody may change any more, to the start of ``run``."""
+    async def send(self, state: FileState, run: Run, data: Buffer, transport: Transport) -> None:
+        """Start writing ``data``, which nobody may change any more, to the start of ``run``, over
+        ``transport`` or one that took its place."""
         view = memoryview(data)
         offset = run.block * self._block_size_bytes
-        for begin in range(0, len(view), _PIECE_BYTES):
-            piece = view[begin : begin + _PIECE_BYTES]
+        piece_bytes = transport.write_piece_bytes
+        for begin in range(0, len(view), piece_bytes):
+            piece = view[begin : begin + piece_bytes]
             while self._in_flight_bytes and (
                 self._in_flight_bytes + len(piece) > self._limit_bytes
             ):

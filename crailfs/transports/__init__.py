@@ -1,7 +1,8 @@
 """How a client reaches the blocks of one storage server: one Protocol, one module a way.
 
 ``local`` maps (memory) or opens (disk) the region's file itself, through descriptors that the
-server passed over its Unix socket. ``tcp`` asks the server for every read and write.
+server passed over its Unix socket. ``rdma`` has the network cards copy between its own memory and
+the server's. ``tcp`` asks the server for every read and write.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from crailfs.errors import ConfigurationError, CrailError, FencedError, Unavaila
 from crailfs.net.sending import Buffer
 from crailfs.records import StorageServerInfo
 from crailfs.transports.local import LocalTransport
+from crailfs.transports.rdma import RdmaTransport
 from crailfs.transports.tcp import TcpTransport
 
 
@@ -30,10 +32,16 @@ class Transport(Protocol):
 
     name: str
     """As in ``ClientConfig.transports``."""
+    write_piece_bytes: int
+    """What is written without waiting for it goes out in pieces of at most this many bytes."""
 
     def in_place(self, region: int) -> bool:
         """Whether ``write`` is so cheap for small pieces at any offset of this region that writers
         need not collect whole blocks first, and returns when the bytes are there for all."""
+
+    def stage(self, data: Buffer) -> Buffer:
+        """``data``, or a copy in better memory, as something that stays as it is until it or parts
+        of it have been given to ``write``."""
 
     async def read(self, region: int, offset: int, byte_count: int) -> Buffer:
         """Exactly ``byte_count`` bytes. May be a view of the region itself: nobody changes
@@ -83,6 +91,8 @@ async def connect(
                     return await LocalTransport.connect(server, config, client_id)
                 failures.append(f"local: {reason}")
             elif name == "rdma":
+                if server.rdma:
+                    return await RdmaTransport.connect(server, config, client_id, nursery, locate)
                 failures.append("rdma: the server does not offer it")
             elif name == "tcp":
                 if server.tcp_port:

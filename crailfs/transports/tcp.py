@@ -17,6 +17,8 @@ from crailfs.limits import CONNECT_TIMEOUT_MS, PAYLOAD_MAX_BYTES
 from crailfs.net.client import RpcClient
 from crailfs.net.sending import Buffer
 from crailfs.records import StorageServerInfo
+from crailfs.transports.staging import stable
+from crailfs.units import MIB
 from crailfs.wire.messages import (
     FlushRegion,
     FlushReply,
@@ -37,6 +39,7 @@ class TcpTransport:
     """See ``Transport``."""
 
     name = "tcp"
+    write_piece_bytes = 1 * MIB
 
     def __init__(self, client: RpcClient, timeout_ms: int) -> None:
         self._client = client
@@ -45,9 +48,13 @@ class TcpTransport:
 
     @property
     def _open_client(self) -> RpcClient:
+        self.check_open()
+        return self._client
+
+    def check_open(self) -> None:
+        """Raises ``UnavailableError`` once it was closed."""
         if self._running.cancel_called:
             raise UnavailableError("the connection to the storage server was closed")
-        return self._client
 
     @classmethod
     async def connect(
@@ -57,10 +64,12 @@ class TcpTransport:
         client_id: int,
         nursery: trio.Nursery,
         locate: Callable[[], Awaitable[StorageServerInfo]] | None = None,
+        on_disconnected: Callable[[], None] | None = None,
     ) -> TcpTransport:
         """Connect to ``server``; the connection lives in ``nursery`` until ``close``.
 
-        ``locate`` is asked where the server is when it is no longer where it was.
+        ``locate`` is asked where the server is when it is no longer where it was;
+        ``on_disconnected`` is called whenever a connection has ended.
 
         Raises ``UnavailableError`` and what the server answers.
         """
@@ -69,6 +78,7 @@ class TcpTransport:
             config.credentials,
             role=Role.CLIENT,
             client_id=client_id,
+            on_disconnected=on_disconnected,
             locate=None if locate is None else partial(_locate_address, locate),
         )
         transport = cls(client, config.operation_timeout_ms)
@@ -81,8 +91,21 @@ class TcpTransport:
             raise
         return transport
 
+    async def call(
+        self, opcode: Opcode, request: Message, deadline_ms: int | None = None
+    ) -> Message:
+        """A request that has no payload. Raises what the server answers, or ``UnavailableError`` at
+        the deadline, at the latest after the operation timeout."""
+        timeout_ms = self._timeout_ms
+        return await self._open_client.call(
+            opcode, request, deadline_ms=min(deadline_ms or timeout_ms, timeout_ms)
+        )
+
     def in_place(self, region: int) -> bool:
         return False
+
+    def stage(self, data: Buffer) -> Buffer:
+        return stable(data)
 
     async def read(self, region: int, offset: int, byte_count: int) -> Buffer:
         buffer = bytearray(byte_count)
@@ -102,9 +125,7 @@ class TcpTransport:
         )
 
     async def flush(self, region: int) -> bool:
-        reply = await self._open_client.call(
-            Opcode.FLUSH_REGION, FlushRegion(region), deadline_ms=self._timeout_ms
-        )
+        reply = await self.call(Opcode.FLUSH_REGION, FlushRegion(region))
         if not isinstance(reply, FlushReply):
             raise ProtocolError("the storage server answered a flush with something else")
         return reply.durable
