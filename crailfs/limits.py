@@ -55,7 +55,7 @@ REPLICAS_MAX: Final = 8
 HEADER_CHANGES_MAX: Final = 2_048
 """In one answer to a storage server."""
 HEADER_CHANGE_BLOCKS_MAX: Final = 65_536
-"""In one change that says whose blocks are: nobody's."""
+"""In one change that says that blocks are nobody's, and in one answer."""
 HEADER_PAGE_MAX: Final = 16_384
 RENEW_MAX: Final = 65_536
 INVALIDATE_MAX: Final = 4_096

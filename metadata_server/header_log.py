@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from heapq import merge
-from itertools import islice
 from typing import NamedTuple
 
 from crailfs.limits import HEADER_CHANGE_BLOCKS_MAX
@@ -67,7 +66,8 @@ def clear(txn: Txn, spans: Iterable[Span]) -> None:
 
 
 def page(txn: Txn, regions: Iterable[int], *, after: int, end_sequence: int, limit: int) -> Page:
-    """The first ``limit`` changes of these regions with ``after`` < sequence < ``end_sequence``."""
+    """The first ``limit`` changes of these regions with ``after`` < sequence < ``end_sequence``;
+    fewer if they are of very many blocks, each of which the region has work with."""
     rows = merge(
         *(
             txn.scan(
@@ -79,13 +79,16 @@ def page(txn: Txn, regions: Iterable[int], *, after: int, end_sequence: int, lim
         ),
         key=lambda row: _sequence(row[0]),
     )
-    found = list(islice(rows, limit + 1))
-    shown = found[:limit]
-    return Page(
-        tuple(schema.decode_header_change(value) for _, value in shown),
-        _sequence(shown[-1][0]) if shown else after,
-        len(found) == len(shown),
-    )
+    changes: list[HeaderChange] = []
+    last_sequence, block_count = after, 0
+    for key, value in rows:
+        change = schema.decode_header_change(value)
+        block_count += change.block_count
+        if len(changes) == limit or (changes and block_count > HEADER_CHANGE_BLOCKS_MAX):
+            return Page(tuple(changes), last_sequence, False)
+        changes.append(change)
+        last_sequence = _sequence(key)
+    return Page(tuple(changes), last_sequence, True)
 
 
 def acknowledge(txn: Txn, regions: Iterable[int], through: int) -> list[Span]:

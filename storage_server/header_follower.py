@@ -46,7 +46,7 @@ class HeaderFollower:
 
     async def run(self) -> None:
         """Until cancelled; returns at once if no region keeps headers."""
-        interval_s = BUSY_INTERVAL_S
+        interval_s, failure = BUSY_INTERVAL_S, ""
         while self._regions:
             try:
                 page = await self.step()
@@ -55,13 +55,16 @@ class HeaderFollower:
                 interval_s = IDLE_INTERVAL_S
             except OSError as error:
                 self._counters["header_errors"] += 1
-                log.error(
-                    "block headers cannot be written: %s; trying again. Until then blocks that "
-                    "files no longer have do not come free: check the device",
-                    error,
-                )
+                if str(error) != failure:
+                    log.error(
+                        "block headers cannot be written: %s; trying again. Until then blocks "
+                        "that files no longer have do not come free: check the device",
+                        error,
+                    )
+                failure = str(error)
                 interval_s = IDLE_INTERVAL_S
             else:
+                failure = ""
                 if not page.complete:
                     continue
                 idle_s = min(2 * interval_s, IDLE_INTERVAL_S)

@@ -59,7 +59,7 @@ class PmemHeaders:
     def apply(self, changes: Sequence[HeaderChange], last_sequence: int) -> None:
         with self._lock:
             pool = self._opened()
-            if last_sequence <= self.applied_sequence:
+            if last_sequence < self.applied_sequence:
                 return
             final = self._reduce(changes)
             ordered = sorted(final)
