@@ -24,13 +24,15 @@ from typing import Final
 import xxhash
 
 from crailfs.pmem.mapping import LARGE_PAGE_BYTES
-from crailfs.records import BlockHeader
+from crailfs.records import BlockHeader, Tier
 from crailfs.units import GIB, KIB, MIB
+from storage_server.media.superblock import Superblock
 
 SEGMENT_BYTES: Final = 1020 * MIB
 """Multiple of the largest block size and of 2 MiB."""
 HEADER_BYTES: Final = 64
 SUPERBLOCK_OFFSETS: Final = (0, 512)
+SUPERBLOCK_BYTES: Final = len(Superblock(bytes(16), bytes(16), Tier.PMEM, 0, 0).encode())
 STATE_OFFSET: Final = 1024
 DIRECTORY_OFFSET: Final = 1088
 POOL_MIN_BYTES: Final = 8 * MIB

@@ -24,7 +24,6 @@ from storage_server.media.memory import HOST_MEMORY_FLOOR_BYTES, host_memory_ava
 from storage_server.media.pmem_place import Place, examine, in_memory
 from storage_server.media.region_file import check_fits, new_superblock, sync_directory
 from storage_server.media.superblock import (
-    SUPERBLOCK_BYTES,
     Superblock,
     cut_short,
     decode_superblock,
@@ -71,6 +70,7 @@ def open_pmem_region(
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         fd = _make_file(config, cluster_id, block_size_bytes, known_uuid)
+        known_uuid = None
     except OSError as error:
         raise ConfigurationError(
             f"region {path} cannot be opened: {error.strerror}. Give it the path of a file or DAX "
@@ -269,7 +269,7 @@ def _is_unfinished(pool: Pool) -> bool:
     if pool.root_bytes() < form.DIRECTORY_OFFSET:
         return True
     root = pool.root(pool.root_bytes())
-    copies = b"".join(pool.read(root + at, SUPERBLOCK_BYTES) for at in form.SUPERBLOCK_OFFSETS)
+    copies = b"".join(pool.read(root + at, form.SUPERBLOCK_BYTES) for at in form.SUPERBLOCK_OFFSETS)
     return copies.count(0) == len(copies)
 
 
@@ -278,7 +278,7 @@ def _read_root(path: Path, pool: Pool, place: Place) -> tuple[int, Superblock, f
     if root_bytes < form.DIRECTORY_OFFSET:
         raise _damaged_root(path)
     root = pool.root(root_bytes)
-    copies = [pool.read(root + offset, SUPERBLOCK_BYTES) for offset in form.SUPERBLOCK_OFFSETS]
+    copies = [pool.read(root + offset, form.SUPERBLOCK_BYTES) for offset in form.SUPERBLOCK_OFFSETS]
     superblock = decode_superblock(copies, path)
     record = pool.read(root + form.DIRECTORY_OFFSET, root_bytes - form.DIRECTORY_OFFSET)
     directory = form.decode_directory(record, place.size_bytes)
