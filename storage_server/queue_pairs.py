@@ -25,6 +25,7 @@ from crailfs.rdma.queue_pair import QueuePair, check_end
 from crailfs.rdma.verbs import plain_errors
 from crailfs.wire.messages import (
     ConnectQueuePair,
+    FlushMethod,
     FlushRung,
     QueuePairReply,
     RemoteRegion,
@@ -78,6 +79,8 @@ class QueuePairs:
         blocks = region.medium.blocks
         if blocks is None:
             raise UnavailableError("its blocks are not in memory")
+        if region.medium.layout.flush_method is FlushMethod.MAPPING:
+            raise UnavailableError("what is written to it has to be told to the kernel (msync)")
         enums = self._device.verbs.enums
         access = (
             enums.IBV_ACCESS_LOCAL_WRITE
