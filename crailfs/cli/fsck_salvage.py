@@ -27,11 +27,12 @@ _SHOW_INTERVAL_S = 0.5
 def run(options: argparse.Namespace) -> int:
     config = target_of(options).settings.client()
     if options.salvage:
-        return trio.run(_salvage, config, not options.no_verify)
-    return trio.run(_discard, config)
+        return trio.run(salvage_files, config, not options.no_verify)
+    return trio.run(discard, config)
 
 
-async def _salvage(config: ClientConfig, verify: bool) -> int:
+async def salvage_files(config: ClientConfig, verify: bool) -> int:
+    """Returns the exit code; says what was found."""
     async with AsyncExitStack() as open_connections:
         metadata = await open_connections.enter_async_context(connected(config.metadata, config))
         cluster = (await cluster_status(metadata, config)).cluster
@@ -75,7 +76,8 @@ async def _salvage(config: ClientConfig, verify: bool) -> int:
     return ExitCode.DAMAGED if outcome.findings else ExitCode.OK
 
 
-async def _discard(config: ClientConfig) -> int:
+async def discard(config: ClientConfig) -> int:
+    """Returns the exit code; says which regions are given free."""
     async with connected(config.metadata, config) as metadata:
         unclaimed = _unclaimed((await cluster_status(metadata, config)).cluster)
         if not unclaimed:

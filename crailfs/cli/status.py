@@ -71,6 +71,7 @@ def _report(status: Status, config: ClientConfig, target: Target) -> dict[str, A
                     "size_bytes": region.info.block_count * region.info.block_size_bytes,
                     "durable": region.info.durable,
                     "label": region.info.label,
+                    "unclaimed_blocks": region.info.held_blocks if region.unclaimed else 0,
                 }
                 for region in status.cluster.regions
                 if region.server_id == server.id
@@ -158,3 +159,11 @@ def _print(report: dict[str, Any]) -> None:
                 f"  region {region['id']}: {region['tier']}, {format_bytes(region['size_bytes'])}, "
                 f"{durable}, {region['label']}"
             )
+            if region["unclaimed_blocks"]:
+                print(
+                    f"    holds {region['unclaimed_blocks']} blocks of a lost name space, nothing "
+                    "is written there: run `crail fsck --salvage`"
+                )
+    waiting = report["counters"].get("header_changes_waiting", 0)
+    if waiting:
+        print(f"{waiting} changes that block headers have yet to follow")

@@ -1,0 +1,84 @@
+"""A cluster whose regions keep headers, and whose metadata server can lose its state."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from crailfs.cli.operator import cluster_status, connected
+from crailfs.config import Credentials, MetadataConfig, RegionConfig, StorageConfig
+from crailfs.records import Tier
+from crailfs.units import MIB
+from crailfs.wire.messages import Status
+from tests.support.cluster import BLOCK_SIZE_BYTES, SECRET, Cluster
+
+CLUSTER_ID = b"the old cluster."
+
+
+class SalvageCluster(Cluster):
+    """``running_cluster`` with other regions, and without its audit at the end."""
+
+    async def status(self) -> Status:
+        config = self.client_config()
+        async with connected(config.metadata, config) as metadata:
+            return await cluster_status(metadata, config)
+
+    async def headers_followed(self) -> None:
+        """Until the regions' headers say what the name space says: asked 20 times a second."""
+        with trio.fail_after(20):
+            while (await self.status()).counters["header_changes_waiting"]:  # noqa: ASYNC110
+                await trio.sleep(0.05)
+
+    async def lose_name_space(self) -> None:
+        """Stop everything, remove the metadata server's state, start everything."""
+        await self.storage.stop()
+        await self.metadata.stop()
+        shutil.rmtree(self.metadata_config.state)
+        await self.start_metadata()
+        await self.start_storage()
+
+
+@asynccontextmanager
+async def salvage_cluster(
+    directory: Path, *tiers: Tier, region_bytes: int = 24 * MIB
+) -> AsyncIterator[SalvageCluster]:
+    """One region of each of ``tiers``: persistent memory and memory as files on tmpfs, others as
+    files below ``directory``."""
+    credentials = Credentials(cluster_id=CLUSTER_ID, secret=SECRET)
+    metadata_address = f"unix:{directory}/metadata.sock"
+    with tempfile.TemporaryDirectory(prefix="crailfs-test-", dir="/dev/shm") as in_memory:
+        places = {Tier.PMEM: Path(in_memory), Tier.MEMORY: Path(in_memory)}
+        cluster = SalvageCluster(
+            directory,
+            MetadataConfig(
+                state=directory / "metadata",
+                listen=(metadata_address,),
+                credentials=credentials,
+                block_size_bytes=BLOCK_SIZE_BYTES,
+            ),
+            StorageConfig(
+                state=directory / "storage",
+                metadata=metadata_address,
+                listen=(f"unix:{directory}/storage.sock", "127.0.0.1:0"),
+                host="testhost",
+                move_bytes_per_second=0,
+                regions=tuple(
+                    RegionConfig(
+                        tier=tier,
+                        path=places.get(tier, directory) / f"{number}-{tier.name.lower()}",
+                        size_bytes=region_bytes,
+                    )
+                    for number, tier in enumerate(tiers)
+                ),
+                credentials=credentials,
+            ),
+        )
+        async with trio.open_nursery() as nursery:
+            await cluster.run(nursery)
+            yield cluster
+            nursery.cancel_scope.cancel()
