@@ -11,6 +11,7 @@ import collections
 import contextlib
 import logging
 import os
+import resource
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Final
 
@@ -177,7 +178,8 @@ class Services:
             case ConnectQueuePair():
                 self._connect_queue_pair(peer, request_id, request)
             case StorageStatus():
-                peer.reply(request_id, StorageStatusReply(dict(self.counters), self._clients()))
+                counters = {**self.counters, **_own_use()}
+                peer.reply(request_id, StorageStatusReply(counters, self._clients()))
             case _:
                 raise NotSupportedError(f"a storage server does not answer {opcode.name}")
 
@@ -386,6 +388,15 @@ def _logged(action: str) -> Iterator[None]:
         yield
     except UnavailableError as error:
         log.error("%s: %s", action, error.message)
+
+
+def _own_use() -> dict[str, int]:
+    """What this process has taken of its host's processors."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "wakeups": usage.ru_nvcsw,
+        "processor_us": round((usage.ru_utime + usage.ru_stime) * 1e6),
+    }
 
 
 def _not_registered() -> TryAgainError:

@@ -1,23 +1,29 @@
-"""``crail bench``: measures directories, the store API, and what many files cost."""
+"""``crail bench``: measures directories, the store API, media, RDMA, and what many files cost."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from crailfs.bench import mount, workloads
 from crailfs.bench.report import Report, require_plotting
 from crailfs.cli.exit_codes import ExitCode
 from crailfs.cli.options import add_cluster_options, target_of
 from crailfs.errors import ConfigurationError
+from crailfs.records import StorageClass
 
 EXAMPLES = """\
   crail bench mount /mnt/crail /var/tmp
   crail bench mount crail=/mnt/crail tmpfs=/dev/shm --plot bench.png --json > bench.json
   crail bench store --at /mnt/crail --transports local,tcp
   crail bench metadata --at /mnt/crail --files 1000000
+  crail bench pmem
+  crail bench nvme --directory /mnt/nvme0 --rounds 5
+  crail bench rdma --config /etc/crail/crail.toml
 """
 
 
@@ -75,10 +81,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_metadata.add_argument("--json", action="store_true", help="print JSON instead of the table")
     add_cluster_options(of_metadata)
 
+    of_pmem = kinds.add_parser(
+        "pmem",
+        help="the persistent memory tier beside the memory tier",
+        description="Starts servers of its own with a region of each tier on this host and "
+        "measures both through the client library. In a directory on tmpfs the persistent tier "
+        "does the same work, but is not durable.",
+    )
+    _add_directory_argument(of_pmem, "/dev/shm", "where the persistent region is made")
+    _add_report_arguments(of_pmem, rounds=9)
 
-def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    of_nvme = kinds.add_parser(
+        "nvme",
+        help="the NVMe tier beside fio, on the same disk",
+        description="Runs the same patterns in files of one directory: with fio, with a region's "
+        "own reads and writes, and through the client library and servers of its own.",
+    )
+    _add_directory_argument(of_nvme, "/var/tmp", "a directory on the disk to measure")
+    _add_report_arguments(of_nvme)
+
+    of_rdma = kinds.add_parser(
+        "rdma",
+        help="what is posted, copied and woken for each MiB over RDMA",
+        description="Writes and reads files over RDMA and counts verbs, completions, copies and "
+        "what the storage servers had to do. Counts, not times.",
+    )
+    of_rdma.add_argument(
+        "--class",
+        dest="storage_class",
+        metavar="CLASS",
+        default="any",
+        help="which tiers to write to, e.g. pmem (default: any)",
+    )
+    of_rdma.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    add_cluster_options(of_rdma)
+
+
+def _add_directory_argument(parser: argparse.ArgumentParser, default: str, meaning: str) -> None:
     parser.add_argument(
-        "--rounds", metavar="N", type=int, default=3, help="repetitions of everything (default: 3)"
+        "--directory",
+        metavar="DIR",
+        type=Path,
+        default=Path(default),
+        help=f"{meaning} (default: {default})",
+    )
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser, *, rounds: int = 3) -> None:
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=rounds,
+        help=f"repetitions of everything (default: {rounds})",
     )
     parser.add_argument(
         "--scale",
@@ -95,11 +150,13 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.kind == "metadata":
         return _of_metadata(options)
+    if options.kind == "rdma":
+        return _of_rdma(options)
     if options.rounds < 1 or not options.scale > 0:
         raise ConfigurationError("--rounds and --scale must be more than 0")
     if options.plot is not None:
         require_plotting()
-    report = _of_mounts(options) if options.kind == "mount" else _of_store(options)
+    report = _MEASURES[options.kind](options)
     if options.save is not None:
         report.write_json(options.save)
     if options.plot is not None:
@@ -139,6 +196,39 @@ def _of_metadata(options: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def _of_pmem(options: argparse.Namespace) -> Report:
+    from crailfs.bench import pmem
+
+    return pmem.measure(
+        _directory(options), round_count=options.rounds, sizes=pmem.Sizes().scaled(options.scale)
+    )
+
+
+def _of_nvme(options: argparse.Namespace) -> Report:
+    from crailfs.bench import nvme
+
+    return nvme.measure(
+        _directory(options), round_count=options.rounds, sizes=nvme.Sizes().scaled(options.scale)
+    )
+
+
+def _directory(options: argparse.Namespace) -> Path:
+    directory: Path = options.directory
+    if not directory.is_dir():
+        raise ConfigurationError(f"--directory {directory}: there is no such directory")
+    return directory.absolute()
+
+
+def _of_rdma(options: argparse.Namespace) -> int:
+    from crailfs.bench import rdma
+
+    counts = rdma.measure(
+        target_of(options).settings.client(), StorageClass.parse(options.storage_class)
+    )
+    print(json.dumps(counts.as_json(), indent=1) if options.json else counts.table())
+    return ExitCode.OK
+
+
 def _of_mounts(options: argparse.Namespace) -> Report:
     try:
         process_counts = [int(number) for number in options.processes.split(",")]
@@ -153,3 +243,11 @@ def _of_mounts(options: argparse.Namespace) -> Report:
         sizes=workloads.Sizes().scaled(options.scale),
         reference=options.reference,
     )
+
+
+_MEASURES: Final[dict[str, Callable[[argparse.Namespace], Report]]] = {
+    "mount": _of_mounts,
+    "store": _of_store,
+    "pmem": _of_pmem,
+    "nvme": _of_nvme,
+}

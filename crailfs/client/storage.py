@@ -43,6 +43,11 @@ class StorageAccess:
         self._by_server: dict[bytes, Transport] = {}
         self._locks: dict[bytes, trio.Lock] = {}
 
+    @property
+    def transports(self) -> tuple[Transport, ...]:
+        """One for each storage server that was needed so far."""
+        return tuple(self._by_server.values())
+
     def known(self, region: int) -> Transport | None:
         return self._by_region.get(region)
 
