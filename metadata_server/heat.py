@@ -23,11 +23,13 @@ HOT_NODES_MAX: Final = 4_096
 
 class _Use(NamedTuple):
     last_s: float
+    counted_s: float
+    """Of the last use that was counted."""
     uses: float
-    """Halved with each ``HALF_LIFE_S`` that has passed."""
+    """At ``counted_s``; halved with each ``HALF_LIFE_S`` that has passed."""
 
     def uses_at(self, now_s: float) -> float:
-        return self.uses * float(0.5 ** ((now_s - self.last_s) / HALF_LIFE_S))
+        return self.uses * float(0.5 ** ((now_s - self.counted_s) / HALF_LIFE_S))
 
 
 class Heat:
@@ -49,12 +51,13 @@ class Heat:
             self._previous, self._current = self._current, {}
         known = self._find(ino)
         if known is None:
-            self._current[ino] = _Use(now_s, 1.0)
+            self._current[ino] = _Use(now_s, now_s, 1.0)
             return
-        if now_s - known.last_s < COUNTED_APART_S:
+        if now_s - known.counted_s < COUNTED_APART_S:
+            self._current[ino] = known._replace(last_s=now_s)
             return
         uses = known.uses_at(now_s) + 1.0
-        self._current[ino] = _Use(now_s, uses)
+        self._current[ino] = _Use(now_s, now_s, uses)
         if uses >= HOT_USES:
             self._hot[ino] = None
             self._hot.move_to_end(ino)

@@ -73,6 +73,11 @@ class Fencing:
         held = [_is_held(path) for path in self._life_lines.glob(f"{client_id:016x}.*")]
         return any(held)
 
+    def attached_clients(self) -> set[int]:
+        """Those that hold a life line."""
+        paths = list(self._life_lines.iterdir())
+        return {int(path.name.partition(".")[0], 16) for path in paths if _is_held(path)}
+
     def sweep(self) -> None:
         """Remove the life lines that nobody holds."""
         for path in self._life_lines.iterdir():

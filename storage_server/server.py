@@ -13,7 +13,7 @@ from typing import Final
 
 import trio
 
-from crailfs.config import Credentials, StorageConfig
+from crailfs.config import ClientConfig, Credentials, StorageConfig
 from crailfs.errors import ConfigurationError, CrailError
 from crailfs.limits import REGIONS_PER_SERVER_MAX
 from crailfs.net import server as net_server
@@ -24,6 +24,10 @@ from crailfs.wire.messages import ClusterMap, Role
 from storage_server.fencing import Fencing
 from storage_server.header_follower import HeaderFollower
 from storage_server.media import Medium, open_medium
+from storage_server.media.pmem import PmemMedium
+from storage_server.media.pmem_numa import run_near
+from storage_server.mover import Mover
+from storage_server.queue_pairs import offer_rdma
 from storage_server.region import Region
 from storage_server.registrar import Registrar, fetch_cluster_map
 from storage_server.services import OPERATIONS, Services
@@ -61,25 +65,36 @@ async def serve(
             await nursery.start(metadata.run)
             cluster = await fetch_cluster_map(metadata)
             state.check_cluster(cluster.cluster_id)
-            async with (
-                _open_media(config, cluster, state) as media,
-                trio.open_nursery() as work,
-            ):
+            async with _open_media(config, cluster, state) as media:
                 regions = [Region(medium) for medium in media]
-                services = Services(fencing, work)
-                bound: list[str] = await work.start(
-                    _listen, config, cluster.cluster_id, services, state.epoch
-                )
-                server = _describe(config, state, bound)
-                registrar = Registrar(metadata, server, regions, services)
-                await registrar.join()
-                for region in regions:
-                    work.start_soon(registrar.provision, region)
-                work.start_soon(registrar.run)
-                follower = HeaderFollower(metadata, state.server_id, regions, services)
-                work.start_soon(follower.run)
-                work.start_soon(_sweep, fencing)
-                task_status.started(bound)
+                async with (
+                    offer_rdma(config, regions) as queue_pairs,
+                    trio.open_nursery() as work,
+                ):
+                    services = Services(fencing, work, queue_pairs)
+                    bound: list[str] = await work.start(
+                        _listen, config, cluster.cluster_id, services, state.epoch
+                    )
+                    server = _describe(config, state, bound, rdma=queue_pairs is not None)
+                    registrar = Registrar(metadata, server, regions, services)
+                    await registrar.join()
+                    for region in regions:
+                        work.start_soon(registrar.provision, region)
+                    work.start_soon(registrar.run)
+                    follower = HeaderFollower(metadata, state.server_id, regions, services)
+                    work.start_soon(follower.run)
+                    work.start_soon(_sweep, fencing)
+                    if config.move_bytes_per_second:
+                        mover = Mover(
+                            metadata,
+                            state.server_id,
+                            _as_client(config),
+                            bytes_per_second=config.move_bytes_per_second,
+                            requests_served=lambda: services.requests_served,
+                            counters=services.counters,
+                        )
+                        work.start_soon(mover.run)
+                    task_status.started(bound)
 
 
 @contextlib.asynccontextmanager
@@ -100,6 +115,7 @@ async def _open_media(
             )
             opened.callback(medium.close)
             media.append(medium)
+        run_near([medium.numa_node for medium in media if isinstance(medium, PmemMedium)])
         state.remember(
             cluster.cluster_id,
             [
@@ -125,6 +141,17 @@ async def _listen(
         epoch=epoch,
         operations=OPERATIONS,
         task_status=task_status,
+    )
+
+
+def _as_client(config: StorageConfig) -> ClientConfig:
+    """Of the mover."""
+    return ClientConfig(
+        metadata=config.metadata,
+        credentials=config.credentials,
+        host=config.host,
+        rdma_device="off",
+        transports=("local", "tcp"),
     )
 
 
@@ -165,7 +192,9 @@ def _check(config: StorageConfig) -> None:
         raise ConfigurationError(f"two regions have the same path: {', '.join(sorted(paths))}")
 
 
-def _describe(config: StorageConfig, state: State, bound: list[str]) -> StorageServerInfo:
+def _describe(
+    config: StorageConfig, state: State, bound: list[str], *, rdma: bool
+) -> StorageServerInfo:
     """What clients are told: ``bound`` are the addresses with the ports that were free."""
     unix_path, tcp_host, tcp_port = "", "", 0
     for address in bound:
@@ -185,4 +214,5 @@ def _describe(config: StorageConfig, state: State, bound: list[str]) -> StorageS
         tcp_host=tcp_host,
         tcp_port=tcp_port,
         boot_id=read_boot_id(),
+        rdma=rdma,
     )

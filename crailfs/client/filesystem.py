@@ -30,10 +30,13 @@ from crailfs.errors import (
     IsADirectoryCrailError,
     UnavailableError,
 )
-from crailfs.records import DATA_KINDS, Attributes, Run
+from crailfs.records import DATA_KINDS, Attributes, Extent, Run
+from crailfs.units import blocks_for
 from crailfs.wire.messages import (
     ClusterMap,
+    ExtentPage,
     GetClusterMap,
+    GetExtents,
     GetStatistics,
     GetStatus,
     Grant,
@@ -51,6 +54,8 @@ log = logging.getLogger(__name__)
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+_USED_MAX: Final = 4_096
+_EXTENT_BLOCKS_ASKED: Final = 1 << 40
 _CLOSE_SECONDS: Final = 5.0
 """How long leaving ``FileSystem.connect`` goes on committing what is open."""
 
@@ -74,9 +79,11 @@ class FileSystem(NameSpace):
             on_invalidate=self._invalidated,
             on_lost=self._session_lost,
             on_tick=self._tick,
-            open_inodes=lambda: self._files,
+            open_inodes=self._take_used_inodes,
         )
         super().__init__(session)
+        self._used: set[int] = set()
+        """Files that were closed since the metadata server was last told what is in use."""
         self._grants = Grants(
             self._request_blocks, self._return_blocks, nursery.start_soon, self._release_reserved
         )
@@ -168,6 +175,8 @@ class FileSystem(NameSpace):
         self.writer.release_reserved(state)
         state.forget_pending()
         del self._files[state.ino]
+        if len(self._used) < _USED_MAX:
+            self._used.add(state.ino)
         self.cache.unpin(state.node)
         if state.held:
             self.cache.forget(state.ino)
@@ -196,6 +205,26 @@ class FileSystem(NameSpace):
         self.cache.drop_blocks(attributes.ino)
         self.cache.store(attributes, ticket, changed=True)
         return attributes
+
+    async def extents(self, ino: int) -> list[Extent]:
+        """Where all of a file lies now, in order; what is in none of them is a hole.
+
+        Raises ``InvalidError`` if the node holds no data.
+        """
+        found: list[Extent] = []
+        next_block = end_block = 0
+        while next_block < max(end_block, 1):
+            request = GetExtents(ino, next_block, _EXTENT_BLOCKS_ASKED)
+            page: ExtentPage = await self._session.call(Opcode.GET_EXTENTS, request)
+            found += page.extents
+            next_block = page.next_block
+            end_block = blocks_for(page.attributes.size, self.block_size_bytes)
+        return found
+
+    def _take_used_inodes(self) -> list[int]:
+        """What is open, and what was open since the last call."""
+        used, self._used = self._used, set()
+        return [*self._files, *(ino for ino in used if ino not in self._files)]
 
     # --- the cluster ------------------------------------------------------------------------
 

@@ -140,6 +140,7 @@ async def running_cluster(
     memory_bytes: int = 16 * MIB,
     disk_bytes: int = 16 * MIB,
     block_size_bytes: int = BLOCK_SIZE_BYTES,
+    move_bytes_per_second: int = 0,
 ) -> AsyncIterator[Cluster]:
     """Servers on Unix sockets and a loopback port below ``directory``, with one memory region and
     one on disk. At the end of the block the metadata auditor must find nothing wrong."""
@@ -159,6 +160,7 @@ async def running_cluster(
             metadata=metadata_address,
             listen=(f"unix:{directory}/storage.sock", "127.0.0.1:0"),
             host="testhost",
+            move_bytes_per_second=move_bytes_per_second,
             regions=(
                 RegionConfig(tier=Tier.MEMORY, path=memory_path, size_bytes=memory_bytes),
                 RegionConfig(tier=Tier.DISK, path=directory / "disk", size_bytes=disk_bytes),
