@@ -90,7 +90,7 @@ def commands(state: Path, tier: str) -> Iterator[Commands]:
             running.kill()
 
 
-@pytest.mark.parametrize("tier", [pytest.param("pmem", marks=needs_pmem)])
+@pytest.mark.parametrize("tier", ["nvme", pytest.param("pmem", marks=needs_pmem)])
 def test_salvage_after_kill_and_loss(tmp_path: Path, tier: str) -> None:
     with commands(tmp_path, tier) as cluster:
         contents = {}

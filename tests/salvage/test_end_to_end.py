@@ -25,7 +25,11 @@ _without_pmem = libpmem.missing() or libpmemobj.missing()
 needs_pmem = pytest.mark.skipif(_without_pmem is not None, reason=str(_without_pmem))
 MEDIA = [
     pytest.param((Tier.PMEM,), marks=needs_pmem, id="pmem"),
-    pytest.param((Tier.PMEM, Tier.PMEM), marks=needs_pmem, id="pmem-twice"),
+    pytest.param((Tier.NVME,), id="nvme"),
+]
+TOGETHER = [
+    pytest.param((Tier.PMEM, Tier.PMEM), marks=needs_pmem, id="pmem-pmem"),
+    pytest.param((Tier.PMEM, Tier.NVME), marks=needs_pmem, id="pmem-nvme"),
 ]
 
 
@@ -116,11 +120,13 @@ async def salvage(cluster: SalvageCluster, *, verify: bool = True) -> int:
     return await fsck_salvage.salvage_files(cluster.client_config(), verify)
 
 
-@pytest.mark.parametrize("tiers", MEDIA)
+@pytest.mark.parametrize("tiers", MEDIA + TOGETHER)
 async def test_every_file_comes_back(
     tmp_path: Path, tiers: tuple[Tier, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with salvage_cluster(tmp_path, *tiers) as cluster:
+    # What two tiers have does not fit into one of them.
+    region_bytes = 6 * MIB if len(tiers) > 1 else 24 * MIB
+    async with salvage_cluster(tmp_path, *tiers, region_bytes=region_bytes) as cluster:
         async with cluster.client() as fs:
             expected = await make_files(fs, random.Random(1))
         await cluster.headers_followed()
@@ -169,7 +175,7 @@ def _written(data: bytes) -> range | list[int]:
     return [at for at in starts if any(data[at : at + BLOCK_SIZE_BYTES])]
 
 
-@pytest.mark.parametrize("tiers", MEDIA[:1])
+@pytest.mark.parametrize("tiers", MEDIA)
 async def test_a_damaged_block_is_named_and_never_zeros(
     tmp_path: Path, tiers: tuple[Tier, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,7 +210,7 @@ async def test_a_damaged_block_is_named_and_never_zeros(
         assert (await cluster.audit()).findings == ()
 
 
-@pytest.mark.parametrize("tiers", MEDIA[:1])
+@pytest.mark.parametrize("tiers", MEDIA)
 async def test_a_salvage_that_is_interrupted_can_be_run_again(
     tmp_path: Path, tiers: tuple[Tier, ...]
 ) -> None:
@@ -257,7 +263,7 @@ async def _dying_after(
         assert await salvage() == ExitCode.OK
 
 
-@pytest.mark.parametrize("tiers", MEDIA[:1])
+@pytest.mark.parametrize("tiers", MEDIA)
 async def test_unclaimed_blocks_are_never_written_to_and_can_be_discarded(
     tmp_path: Path, tiers: tuple[Tier, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
