@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 from crailfs.config import RegionConfig
-from crailfs.errors import ConfigurationError
 from crailfs.records import Tier
 from storage_server.media.disk import DiskMedium
 from storage_server.media.headers import HeaderStore
 from storage_server.media.layout import Layout
 from storage_server.media.memory import MemoryMedium
+from storage_server.media.nvme import NvmeMedium
 from storage_server.media.pmem import PmemMedium
 from storage_server.media.superblock import Superblock
 
@@ -93,11 +93,10 @@ def open_medium(
         return PmemMedium.open(
             config, cluster_id=cluster_id, block_size_bytes=block_size_bytes, known_uuid=known_uuid
         )
-    if config.tier in (Tier.NVME, Tier.DISK):
-        return DiskMedium.open(
+    if config.tier == Tier.NVME:
+        return NvmeMedium.open(
             config, cluster_id=cluster_id, block_size_bytes=block_size_bytes, known_uuid=known_uuid
         )
-    raise ConfigurationError(
-        f"region {config.path}: tier {config.tier.name.lower()} has no medium in this version; "
-        "use memory, nvme or disk"
+    return DiskMedium.open(
+        config, cluster_id=cluster_id, block_size_bytes=block_size_bytes, known_uuid=known_uuid
     )

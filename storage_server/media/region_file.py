@@ -14,8 +14,15 @@ from pathlib import Path
 from crailfs.config import RegionConfig
 from crailfs.errors import BusyError, ConfigurationError, DamagedError, NoSpaceError
 from crailfs.limits import REGION_BLOCKS_MAX
+from crailfs.records import Tier
 from crailfs.units import format_bytes
-from storage_server.media.superblock import Superblock, read_superblock, write_superblock
+from storage_server.media.nvme_headers import header_area_bytes
+from storage_server.media.superblock import (
+    DATA_OFFSET_BYTES,
+    Superblock,
+    read_superblock,
+    write_superblock,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +104,17 @@ def new_superblock(
             f"region {config.path}: size_bytes = {size_bytes} makes {block_count} blocks of "
             f"{block_size_bytes} bytes; expected 1 to {REGION_BLOCKS_MAX} blocks"
         )
-    return Superblock(uuid.uuid4().bytes, cluster_id, config.tier, block_size_bytes, block_count)
+    data_offset_bytes = DATA_OFFSET_BYTES
+    if config.tier == Tier.NVME:
+        data_offset_bytes += header_area_bytes(block_count)
+    return Superblock(
+        uuid.uuid4().bytes,
+        cluster_id,
+        config.tier,
+        block_size_bytes,
+        block_count,
+        data_offset_bytes,
+    )
 
 
 def _make(

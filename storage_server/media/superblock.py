@@ -3,7 +3,10 @@
     0        superblock, first copy
     16 KiB   how far a memory region is provisioned (see ``memory.py``)
     32 KiB   superblock, second copy
-    64 KiB   block 0
+    64 KiB   block 0; with direct I/O the block headers (see ``nvme_headers.py``), then block 0
+
+Format 1 is that of memory and disk regions; format 2, of regions with direct I/O, also says where
+block 0 begins.
 
 It is written once, when the region is made, and never changed. A copy that does not check is
 written again from the other one; if neither checks, the region is refused and nothing is written.
@@ -30,13 +33,20 @@ log = logging.getLogger(__name__)
 
 MAGIC: Final = b"CRAILRGN"
 FORMAT_VERSION: Final = 1
+DIRECT_FORMAT_VERSION: Final = 2
 DATA_OFFSET_BYTES: Final = 64 * KIB
-"""Where block 0 begins in the file."""
+"""Where block 0 begins in the file of a region of format 1."""
 COPY_OFFSETS_BYTES: Final = (0, 32 * KIB)
 
 _FIELDS: Final = struct.Struct(">8sIB3x16s16sIQ")
+_DATA_OFFSET: Final = struct.Struct(">Q")
 _CHECKSUM: Final = struct.Struct(">Q")
-SUPERBLOCK_BYTES: Final = _FIELDS.size + _CHECKSUM.size
+_SIZES_BYTES: Final = {
+    FORMAT_VERSION: _FIELDS.size + _CHECKSUM.size,
+    DIRECT_FORMAT_VERSION: _FIELDS.size + _DATA_OFFSET.size + _CHECKSUM.size,
+}
+SUPERBLOCK_BYTES: Final = _SIZES_BYTES[FORMAT_VERSION]
+_VERSION: Final = struct.Struct(">8xI")
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class Superblock:
     tier: Tier
     block_size_bytes: int
     block_count: int
+    data_offset_bytes: int = DATA_OFFSET_BYTES
+    """Where block 0 begins in the file."""
 
     @property
     def data_size_bytes(self) -> int:
@@ -55,18 +67,21 @@ class Superblock:
 
     @property
     def file_size_bytes(self) -> int:
-        return DATA_OFFSET_BYTES + self.data_size_bytes
+        return self.data_offset_bytes + self.data_size_bytes
 
     def encode(self) -> bytes:
+        version = _version_of(self.tier)
         fields = _FIELDS.pack(
             MAGIC,
-            FORMAT_VERSION,
+            version,
             self.tier,
             self.region_uuid,
             self.cluster_id,
             self.block_size_bytes,
             self.block_count,
         )
+        if version == DIRECT_FORMAT_VERSION:
+            fields += _DATA_OFFSET.pack(self.data_offset_bytes)
         return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))
 
 
@@ -82,9 +97,9 @@ def read_superblock(fd: int, path: Path) -> Superblock:
     Raises ``BusyError`` if the file holds something else, ``DamagedError`` if no copy checks or
     the file is shorter than it must be, ``NotSupportedError`` for another format version.
     """
-    copies = [os.pread(fd, SUPERBLOCK_BYTES, offset) for offset in COPY_OFFSETS_BYTES]
+    copies = [_read_copy(fd, offset) for offset in COPY_OFFSETS_BYTES]
     superblock = decode_superblock(copies, path)
-    size_bytes = os.fstat(fd).st_size
+    size_bytes = os.lseek(fd, 0, os.SEEK_END)  # fstat does not tell the size of a device
     if size_bytes < superblock.file_size_bytes:
         raise cut_short(path, size_bytes, superblock.file_size_bytes)
     for offset, copy in zip(COPY_OFFSETS_BYTES, copies, strict=True):
@@ -123,26 +138,55 @@ def decode_superblock(copies: Sequence[bytes], path: Path) -> Superblock:
     return _decode(good[0], path)
 
 
+def holds_superblock(fd: int) -> bool:
+    """Whether at least one copy is there, be it damaged."""
+    return any(os.pread(fd, len(MAGIC), offset) == MAGIC for offset in COPY_OFFSETS_BYTES)
+
+
+def _read_copy(fd: int, offset: int) -> bytes:
+    """As many bytes as its format has; of an unknown format as many as format 1 has."""
+    stored = os.pread(fd, max(_SIZES_BYTES.values()), offset)
+    version = _VERSION.unpack_from(stored)[0] if len(stored) >= _VERSION.size else 0
+    return stored[: _SIZES_BYTES.get(version, _SIZES_BYTES[FORMAT_VERSION])]
+
+
 def _checks(copy: bytes) -> bool:
-    if len(copy) != SUPERBLOCK_BYTES or not copy.startswith(MAGIC):
+    if len(copy) not in _SIZES_BYTES.values() or not copy.startswith(MAGIC):
         return False
-    fields, checksum = copy[: _FIELDS.size], copy[_FIELDS.size :]
+    fields, checksum = copy[: -_CHECKSUM.size], copy[-_CHECKSUM.size :]
     return bool(xxhash.xxh3_64_intdigest(fields) == _CHECKSUM.unpack(checksum)[0])
+
+
+def _version_of(tier: Tier) -> int:
+    return DIRECT_FORMAT_VERSION if tier == Tier.NVME else FORMAT_VERSION
 
 
 def _decode(copy: bytes, path: Path) -> Superblock:
     _, version, tier, region_uuid, cluster_id, block_size_bytes, block_count = _FIELDS.unpack(
         copy[: _FIELDS.size]
     )
-    if version != FORMAT_VERSION:
+    if version not in _SIZES_BYTES:
         raise NotSupportedError(
-            f"region {path} has format {version}, this program knows {FORMAT_VERSION}: "
-            "serve it with the version that made it"
+            f"region {path} has format {version}, this program knows 1 and 2: serve it with the "
+            "version that made it"
         )
+    if tier == Tier.NVME and version == FORMAT_VERSION:
+        raise NotSupportedError(
+            f"region {path} of tier nvme was made before that tier had direct I/O, in format 1. "
+            "Copy what is needed out of it with the version that made it; then remove the file, "
+            "and a new region is made"
+        )
+    data_offset_bytes = DATA_OFFSET_BYTES
+    if version == DIRECT_FORMAT_VERSION:
+        (data_offset_bytes,) = _DATA_OFFSET.unpack_from(copy, _FIELDS.size)
     if (
         tier not in list(Tier)
+        or version != _version_of(tier)
         or not BLOCK_SIZE_MIN_BYTES <= block_size_bytes <= BLOCK_SIZE_MAX_BYTES
         or not 1 <= block_count <= REGION_BLOCKS_MAX
+        or data_offset_bytes % DATA_OFFSET_BYTES
     ):
         raise DamagedError(f"region {path}: its superblock checks but makes no sense; restore it")
-    return Superblock(region_uuid, cluster_id, Tier(tier), block_size_bytes, block_count)
+    return Superblock(
+        region_uuid, cluster_id, Tier(tier), block_size_bytes, block_count, data_offset_bytes
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from crailfs.errors import (
     BusyError,
     ConfigurationError,
     DamagedError,
+    InvalidError,
     NoSpaceError,
     NotSupportedError,
 )
@@ -23,7 +25,7 @@ from storage_server.media.superblock import COPY_OFFSETS_BYTES, DATA_OFFSET_BYTE
 
 CLUSTER = b"c" * 16
 BLOCK = 64 * KIB
-TIERS = (Tier.MEMORY, Tier.DISK)
+TIERS = (Tier.MEMORY, Tier.NVME, Tier.DISK)
 
 
 @pytest.fixture
@@ -64,27 +66,47 @@ def test_has_the_configured_number_of_blocks_and_all_become_usable(medium: Mediu
     assert not medium.provision(medium.superblock.block_count)
 
 
-@pytest.mark.parametrize("offset", [0, 1, BLOCK - 1, 4 * MIB - 5000])
+@pytest.mark.parametrize("offset", [0, 4096, BLOCK - 4096, 4 * MIB - 8192])
 async def test_reads_back_what_was_written(medium: Medium, offset: int) -> None:
     data = os.urandom(5000)
     await medium.write(offset, memoryview(data))
     assert await read(medium, offset, 5000) == data
+    assert await read(medium, offset + 4095, 2) == data[4095:4097]
+
+
+@pytest.mark.parametrize("offset", [1, BLOCK - 1, 4 * MIB - 5000])
+async def test_a_write_begins_anywhere_or_is_refused_where_sectors_decide(
+    medium: Medium, offset: int
+) -> None:
+    data = os.urandom(5000)
+    if medium.superblock.tier == Tier.NVME:
+        with pytest.raises(InvalidError, match="multiple of 4096"):
+            medium.try_write(offset, memoryview(data))
+        with pytest.raises(InvalidError, match="multiple of 4096"):
+            await medium.write(offset, memoryview(data))
+    else:
+        await medium.write(offset, memoryview(data))
+        assert await read(medium, offset, 5000) == data
 
 
 async def test_the_last_byte_of_the_region_is_there(medium: Medium) -> None:
-    await medium.write(4 * MIB - 1, memoryview(b"z"))
+    await medium.write(4 * MIB - 4096, memoryview(bytes(4095) + b"z"))
     assert await read(medium, 4 * MIB - 1, 1) == b"z"
 
 
 async def test_shared_descriptor_sees_the_same_bytes(medium: Medium) -> None:
+    page = memoryview(mmap.mmap(-1, 4096))
+    data_offset = medium.layout.data_offset
     await medium.write(BLOCK, memoryview(b"from the server"))
-    assert os.pread(medium.shared_fd, 15, DATA_OFFSET_BYTES + BLOCK) == b"from the server"
-    os.pwrite(medium.shared_fd, b"from a client", DATA_OFFSET_BYTES)
+    assert os.preadv(medium.shared_fd, [page], data_offset + BLOCK) == 4096
+    assert page[:15] == b"from the server"
+    page[:13] = b"from a client"
+    os.pwrite(medium.shared_fd, page, data_offset)
     assert await read(medium, 0, 13) == b"from a client"
 
 
 async def test_only_a_durable_medium_says_so(medium: Medium) -> None:
-    assert await medium.flush() is medium.durable is (medium.superblock.tier == Tier.DISK)
+    assert await medium.flush() is medium.durable is (medium.superblock.tier != Tier.MEMORY)
 
 
 async def test_keeps_uuid_and_bytes_when_opened_again(config: RegionConfig) -> None:
@@ -155,7 +177,7 @@ def test_two_damaged_copies_are_refused_and_left_alone(config: RegionConfig, pat
 
 def test_a_region_cut_short_is_refused(config: RegionConfig, path: Path) -> None:
     open_(config).close()
-    os.truncate(path, DATA_OFFSET_BYTES + 4 * MIB - 1)
+    os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(DamagedError, match="cut short"):
         open_(config)
 
@@ -192,11 +214,6 @@ def test_a_region_smaller_than_a_block_is_refused(path: Path) -> None:
         with pytest.raises(ConfigurationError, match="size_bytes = 65535 makes 0 blocks"):
             open_(RegionConfig(tier=tier, path=path, size_bytes=BLOCK - 1))
     assert not path.exists()
-
-
-def test_a_tier_without_medium_is_refused(path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="use memory, nvme or disk"):
-        open_(RegionConfig(tier=Tier.PMEM, path=path, size_bytes=MIB))
 
 
 def test_a_missing_directory_is_named(config: RegionConfig, tmp_path: Path) -> None:
@@ -290,10 +307,21 @@ def test_a_host_short_of_memory_stops_growth_until_there_is_some(
 def test_superblock_of_a_newer_format_is_refused_by_name(path: Path) -> None:
     config = RegionConfig(tier=Tier.DISK, path=path, size_bytes=MIB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(superblock, "FORMAT_VERSION", 2)
+        patch.setattr(superblock, "FORMAT_VERSION", 3)
         open_(config).close()
-    with pytest.raises(NotSupportedError, match="format 2, this program knows 1"):
+    with pytest.raises(NotSupportedError, match="format 3, this program knows 1 and 2"):
         open_(config)
+
+
+def test_a_region_of_tier_nvme_without_direct_io_is_refused_with_what_to_do(path: Path) -> None:
+    config = RegionConfig(tier=Tier.NVME, path=path, size_bytes=MIB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(superblock, "_version_of", lambda tier: 1)
+        open_(config).close()
+    before = path.read_bytes()
+    with pytest.raises(NotSupportedError, match="remove the file, and a new region is made"):
+        open_(config)
+    assert path.read_bytes() == before
 
 
 def test_superblock_layout_is_fixed() -> None:
@@ -303,6 +331,13 @@ def test_superblock_layout_is_fixed() -> None:
         + "75" * 16
         + "63" * 16
         + "00010000" "00000000000003e8" "afadf47650005518"
+    )  # fmt: skip
+    record = Superblock(b"u" * 16, b"c" * 16, Tier.NVME, 65536, 1000, 1 << 20).encode()
+    assert record.hex() == (
+        "43524149" "4c52474e" "00000002" "02000000"
+        + "75" * 16
+        + "63" * 16
+        + "00010000" "00000000000003e8" "0000000000100000" "c761595b25a9a72c"
     )  # fmt: skip
 
 

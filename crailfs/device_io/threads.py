@@ -1,0 +1,37 @@
+"""Direct I/O in worker threads, for kernels that forbid io_uring. 100 us of processor a request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import trio
+
+from crailfs.transports.file_io import read_exactly, write_all
+
+THREADS_MAX: Final = 16
+
+
+class Threads:
+    """See ``Engine``. A killed process is gone, with its descriptors and locks, only when its
+    threads have come back from the device, so a life line needs no further care."""
+
+    def __init__(self) -> None:
+        self._limiter = trio.CapacityLimiter(THREADS_MAX)
+
+    async def read(self, fd: int, position: int, buffer: memoryview) -> None:
+        await self._run(partial(read_exactly, fd, buffer, position, wait=True))
+
+    async def write(self, fd: int, position: int, data: memoryview) -> None:
+        await self._run(partial(write_all, fd, data, position))
+
+    async def sync(self, fd: int) -> None:
+        await self._run(partial(os.fdatasync, fd))
+
+    def close(self) -> None:
+        """A call in a thread is waited for by whoever made it."""
+
+    async def _run(self, work: Callable[[], object]) -> None:
+        await trio.to_thread.run_sync(work, limiter=self._limiter)
