@@ -10,7 +10,6 @@ the next one takes the older part.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -70,7 +69,7 @@ class _Search:
     """The asking server's regions."""
     tiers: dict[Tier, TierUse]
     """As they will be when all of ``moves`` are done."""
-    rows_left: int = ROWS_MAX
+    rows_left: int
     moves: list[Move] = field(default_factory=list)
 
     @property
@@ -101,6 +100,7 @@ class Planner:
             context.now_ns,
             dict(_places(txn, request.server_id)),
             region_use.of_tiers(txn),
+            ROWS_MAX,
         )
         self._note_full(search.tiers)
         own_tiers = {place.tier for place in search.own.values()}
@@ -255,6 +255,5 @@ def _places(txn: Txn, server_id: bytes) -> Iterator[tuple[int, _Place]]:
 
 def _from(txn: Txn, start: bytes) -> Iterator[tuple[int, Extent, bytes]]:
     """Inode, extent and key of each row from ``start`` on."""
-    rows = itertools.islice(txn.scan(schema.EXTENTS, start), ROWS_MAX + 1)
-    for key, value in rows:
+    for key, value in txn.scan(schema.EXTENTS, start):
         yield schema.unpack_ino_block(key)[0], schema.decode_extent(value), key

@@ -166,6 +166,7 @@ def storage_config(
         metadata=metadata.address,
         listen=(f"unix:{directory}/storage.sock", "127.0.0.1:0"),
         host="testhost",
+        move_bytes_per_second=0,
         regions=tuple(
             RegionConfig(tier=tier, path=directory / tier.name.lower(), size_bytes=REGION_SIZE)
             for tier in tiers
