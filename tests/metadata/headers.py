@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import xxhash
@@ -33,6 +34,7 @@ from crailfs.wire.messages import (
 from metadata_server import schema, sessions
 from metadata_server.driver import Driver
 from metadata_server.txn import Txn
+from storage_server.media.headers import HeaderStore
 from tests.metadata.name_space import BLOCK_SIZE_BYTES, SERVER_ID, NameSpace, config
 from tests.support.headers import MemoryHeaders
 
@@ -43,12 +45,13 @@ Blocks = dict[tuple[int, int], tuple[int, int, int, int, int, int]]
 
 
 class Headered(NameSpace):
-    """One storage server with two NVMe regions of ``BLOCKS`` blocks each."""
+    """One storage server with two NVMe regions of ``BLOCKS`` blocks each, whose headers are in
+    memory or in ``stores``."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, stores: Sequence[HeaderStore] = ()) -> None:
         super().__init__(state)
         self._synced = state.with_name("synced")
-        self.stores = [MemoryHeaders(BLOCKS, BLOCK_SIZE_BYTES) for _ in range(2)]
+        self.stores = stores or [MemoryHeaders(BLOCKS, BLOCK_SIZE_BYTES) for _ in range(2)]
         self.register()
         self.applied_sequence = 0
         self.open_session()
@@ -199,7 +202,7 @@ class Headered(NameSpace):
                 header.checksum,
             )
             for region, store in self.by_region.items()
-            for header in store.headers.values()
+            for header in store.read(0, BLOCKS)[0]
         }
 
     def writable(self) -> set[tuple[int, int]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import trio
 
 from crailfs.cli.operator import cluster_status, connected
+from crailfs.client.filesystem import FileSystem
 from crailfs.config import Credentials, MetadataConfig, RegionConfig, StorageConfig
-from crailfs.records import Tier
-from crailfs.units import MIB
+from crailfs.records import NodeKind, Tier
+from crailfs.units import MIB, ROOT_INODE
 from crailfs.wire.messages import Status
 from tests.support.cluster import BLOCK_SIZE_BYTES, SECRET, Cluster
 
@@ -82,3 +83,32 @@ async def salvage_cluster(
             await cluster.run(nursery)
             yield cluster
             nursery.cancel_scope.cancel()
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+async def create(fs: FileSystem, name: bytes, parent: int = ROOT_INODE) -> int:
+    reply = await fs.create_node(
+        parent, name, NodeKind.FILE, mode=0o644, uid=0, gid=0, exclusive=False
+    )
+    return reply.attributes.ino
+
+
+async def write(fs: FileSystem, ino: int, *pieces: tuple[int, bytes], cut: int = -1) -> None:
+    async with await fs.open(ino) as file:
+        for offset, data in pieces:
+            await file.write(offset, data)
+            await file.flush()
+        if cut >= 0:
+            await file.truncate(cut)
+
+
+async def read(fs: FileSystem, ino: int) -> bytes:
+    async with await fs.open(ino) as file:
+        return bytes(await file.read(0, file.attributes.size))
+
+
+async def names(fs: FileSystem, ino: int) -> dict[bytes, int]:
+    page = await fs.read_directory(ino)
+    return {entry.name: entry.attributes.ino for entry in page.entries}

@@ -16,9 +16,9 @@ from crailfs.cli.main import error_of
 from crailfs.client.filesystem import FileSystem
 from crailfs.errors import ChecksumError, NoSpaceError
 from crailfs.pmem import libpmem, libpmemobj
-from crailfs.records import NodeKind, Tier
+from crailfs.records import Tier
 from crailfs.units import MIB, ROOT_INODE
-from tests.salvage.cluster import SalvageCluster, salvage_cluster
+from tests.salvage.cluster import SalvageCluster, create, names, read, salvage_cluster, write
 from tests.support.cluster import BLOCK_SIZE_BYTES
 
 _without_pmem = libpmem.missing() or libpmemobj.missing()
@@ -31,32 +31,6 @@ TOGETHER = [
     pytest.param((Tier.PMEM, Tier.PMEM), marks=needs_pmem, id="pmem-pmem"),
     pytest.param((Tier.PMEM, Tier.NVME), marks=needs_pmem, id="pmem-nvme"),
 ]
-
-
-async def create(fs: FileSystem, name: bytes, parent: int = ROOT_INODE) -> int:
-    reply = await fs.create_node(
-        parent, name, NodeKind.FILE, mode=0o644, uid=0, gid=0, exclusive=False
-    )
-    return reply.attributes.ino
-
-
-async def write(fs: FileSystem, ino: int, *pieces: tuple[int, bytes], cut: int = -1) -> None:
-    async with await fs.open(ino) as file:
-        for offset, data in pieces:
-            await file.write(offset, data)
-            await file.flush()
-        if cut >= 0:
-            await file.truncate(cut)
-
-
-async def read(fs: FileSystem, ino: int) -> bytes:
-    async with await fs.open(ino) as file:
-        return bytes(await file.read(0, file.attributes.size))
-
-
-async def names(fs: FileSystem, ino: int) -> dict[bytes, int]:
-    page = await fs.read_directory(ino)
-    return {entry.name: entry.attributes.ino for entry in page.entries}
 
 
 async def make_files(fs: FileSystem, dice: random.Random) -> dict[int, bytes]:
