@@ -70,7 +70,13 @@ class PmemMedium:
         self._touched_blocks = 0
         self._by_cache_lines = self.layout.flush_method is FlushMethod.CACHE_LINES
         self.headers = PmemHeaders(
-            region.path, region.pool, superblock, region.root, directory, self._make_durable
+            region.path,
+            region.pool,
+            superblock,
+            region.root,
+            directory,
+            # Not a method of ours: in a circle, the mapping would outlive its last use.
+            partial(_make_durable, self._mapping, self._by_cache_lines),
         )
 
     @classmethod
@@ -143,12 +149,14 @@ class PmemMedium:
                 raise OSError(problem, os.strerror(problem), str(self.path))
         self._touched_blocks = end_block
 
-    def _make_durable(self, ranges: Sequence[tuple[int, int]]) -> None:
-        address = self._mapping.address
-        if self._by_cache_lines:
-            for offset, byte_count in ranges:
-                libpmem.flush(address + offset, byte_count)
-            libpmem.drain()
-        else:
-            for offset, byte_count in ranges:
-                libpmem.msync(address + offset, byte_count)
+
+def _make_durable(
+    mapping: SegmentMapping, by_cache_lines: bool, ranges: Sequence[tuple[int, int]]
+) -> None:
+    if by_cache_lines:
+        for offset, byte_count in ranges:
+            libpmem.flush(mapping.address + offset, byte_count)
+        libpmem.drain()
+    else:
+        for offset, byte_count in ranges:
+            libpmem.msync(mapping.address + offset, byte_count)

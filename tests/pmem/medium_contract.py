@@ -5,9 +5,11 @@ Used here on files and in the lab on devices.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -235,3 +237,13 @@ class MediumContract:
             medium.headers.read(0, 1)
         with pytest.raises(OSError, match="Bad file"):
             medium.headers.apply([], 1)
+
+    def test_nothing_stays_mapped_after_its_last_use(self, config: RegionConfig) -> None:
+        gc.disable()
+        try:
+            medium = open_pmem(config)
+            medium.close()
+            del medium
+            assert f"{config.path}\n" not in Path("/proc/self/maps").read_text()
+        finally:
+            gc.enable()
