@@ -61,5 +61,4 @@ def _region_use(txn: Txn, key: bytes, stored: StoredRegion) -> RegionUse:
         returning_blocks=usage.reclaim_blocks + usage.clearing_blocks,
         failed_blocks=len(stored.failed),
         lost=stored.lost,
-        unclaimed=stored.unclaimed,
     )

@@ -47,11 +47,11 @@ async def cluster_status(metadata: RpcClient, config: ClientConfig) -> Status:
     return reply
 
 
-async def storage_counters(
+async def storage_statuses(
     servers: Sequence[StorageServerInfo], config: ClientConfig
-) -> dict[bytes, dict[str, int] | str]:
-    """The counters of each server that is alive, by id, or in their place why there are none."""
-    found: dict[bytes, dict[str, int] | str] = {}
+) -> dict[bytes, StorageStatusReply | str]:
+    """What each server that is alive says of itself, by id, or in its place why it does not."""
+    found: dict[bytes, StorageStatusReply | str] = {}
 
     async def ask(server: StorageServerInfo) -> None:
         try:
@@ -60,7 +60,7 @@ async def storage_counters(
                     Opcode.STORAGE_STATUS, StorageStatus(), deadline_ms=_answer_timeout_ms(config)
                 )
             assert isinstance(reply, StorageStatusReply)
-            found[server.id] = reply.counters
+            found[server.id] = reply
         except* CrailError as group:
             found[server.id] = "; ".join(str(error) for error in group.exceptions)
 
@@ -83,6 +83,8 @@ def usable_transports(server: StorageServerInfo, names: Sequence[str], boot_id: 
         offered.add("local")
     if server.tcp_port:
         offered.add("tcp")
+        if server.rdma:
+            offered.add("rdma")
     return [name for name in names if name in offered]
 
 

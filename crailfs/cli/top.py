@@ -57,7 +57,7 @@ def _seconds(text: str) -> float:
 async def _watch(config: ClientConfig, interval_s: float, rounds: int) -> None:
     import trio
 
-    from crailfs.cli.operator import cluster_status, connected, storage_counters
+    from crailfs.cli.operator import cluster_status, connected, storage_statuses
 
     before: dict[str, dict[str, int]] = {}
     before_s = 0.0
@@ -68,14 +68,14 @@ async def _watch(config: ClientConfig, interval_s: float, rounds: int) -> None:
             now_s = trio.current_time()
             counters = {"metadata server": status.counters}
             problems = []
-            of_storage = await storage_counters(status.cluster.servers, config)
+            of_storage = await storage_statuses(status.cluster.servers, config)
             for server in status.cluster.servers:
                 name = f"storage server {server.host} {server.id.hex()[:8]}"
                 answer = of_storage.get(server.id, "not answering")
                 if isinstance(answer, str):
                     problems.append(f"{name}: {answer}")
                 else:
-                    counters[name] = answer
+                    counters[name] = answer.counters
             lines = [*_summary(status), *_rates(counters, before, now_s - before_s), *problems]
             print((_CLEAR if sys.stdout.isatty() else "") + "\n".join(lines), flush=True)
             before, before_s = counters, now_s

@@ -102,8 +102,6 @@ class RegionUse(Message, frozen=True):
     failed_blocks: int
     lost: bool
     """Its server came back without it."""
-    unclaimed: bool
-    """It holds blocks of a lost name space: nothing is granted in it."""
 
 
 class Status(Message, frozen=True):
@@ -147,7 +145,7 @@ class Access(enum.IntEnum):
     MAP = 1
     """mmap, shared."""
     DIRECT = 2
-    """Direct I/O: offsets, lengths and addresses are multiples of ``ALIGNMENT_BYTES``."""
+    """Direct I/O: offsets, lengths and addresses are multiples of 4096."""
 
 
 class FlushMethod(enum.IntEnum):
@@ -197,7 +195,9 @@ class ReadBlocks(Message, frozen=True):
 
 
 class WriteBlocks(Message, frozen=True):
-    """The request's payload goes to ``offset``; refused if the block has a newer generation."""
+    """The request's payload goes to ``offset``; refused if the block has a newer generation. In a
+    region of tier nvme ``offset`` must be a multiple of 4096, and what follows the payload up to
+    the next multiple becomes zeros."""
 
     region: int
     offset: int
@@ -254,6 +254,8 @@ class ReportFailed(Message, frozen=True):
     region: int
     offset: int
     byte_count: int
+    writing: bool = False
+    """Its blocks are retired even if all of them can be read."""
 
 
 # --- block headers ------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_status_json(system: Embedded) -> None:
     status = system.status()
     assert set(status) == {
         "cluster_id", "metadata", "epoch", "uptime_seconds", "session_count", "node_count",
-        "block_size_bytes", "tiers", "servers", "counters", "embedded",
+        "block_size_bytes", "tiers", "servers", "lost_regions", "counters", "embedded",
     }  # fmt: skip
     assert re.fullmatch(r"[0-9a-f]{32}", status["cluster_id"])
     assert status["node_count"] == 1
