@@ -71,6 +71,7 @@ class BufferPool:
             memory = free.pop()
             self.free_bytes -= size_bytes
         else:
+            self._make_room(size_bytes)
             memory = _Memory(size_bytes, self._register)
             self.registrations += 1
         use = _use_type(size_bytes).from_buffer(memory.mapping)
@@ -87,6 +88,13 @@ class BufferPool:
             return None
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
         return Lease(view, address, memory.registration.key)
+
+    def _make_room(self, size_bytes: int) -> None:
+        """What is kept of other sizes goes, so that a buffer of this one can be kept afterwards."""
+        for other_bytes, free in self._free.items():
+            while free and self.free_bytes + size_bytes > KEPT_MAX_BYTES:
+                free.pop()
+                self.free_bytes -= other_bytes
 
     def _take_back(self) -> None:
         while self._returned:

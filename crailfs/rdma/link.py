@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import enum
 import logging
-import time
+import math
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -92,7 +92,7 @@ class Link:
         self._posted_reads = 0
         self._last_number = 0
         self._gathering = False
-        self._progress_s = 0.0
+        self._patience = trio.CancelScope()
         self._running = trio.CancelScope()
 
     @property
@@ -111,11 +111,13 @@ class Link:
         try:
             with self._running:
                 while True:
-                    with trio.move_on_after(SILENCE_S):
+                    with trio.CancelScope() as self._patience:
+                        self._be_patient()
                         await trio.lowlevel.wait_readable(self._completions.fd)
                         self._counters["wakeups"] += 1
+                    seen = self._counters["completions"]
                     self._take_completions()
-                    if self._posted and time.monotonic() - self._progress_s > SILENCE_S:
+                    if self._patience.cancelled_caught and self._counters["completions"] == seen:
                         self.fail(f"the device completed nothing for {SILENCE_S:g} s")
         finally:
             self.discard("the connection was closed")
@@ -190,9 +192,10 @@ class Link:
             batch.append(operation)
         if not batch:
             return
-        if not self._posted:
-            self._progress_s = time.monotonic()
+        idle = not self._posted
         self._posted += batch
+        if idle:
+            self._be_patient()
         try:
             self._post(batch)
         except UnavailableError as error:
@@ -223,6 +226,10 @@ class Link:
                 raise
             pair.wr_complete()
         counters["doorbells"] += 1
+
+    def _be_patient(self) -> None:
+        """The device has ``SILENCE_S`` from now on, if it has anything to do."""
+        self._patience.deadline = trio.current_time() + SILENCE_S if self._posted else math.inf
 
     def _add(self, pair: Any, request: Request) -> None:
         enums = self._device.verbs.enums
@@ -262,7 +269,6 @@ class Link:
         self._post_waiting()
 
     def _completed(self, completions: list[Any]) -> None:
-        self._progress_s = time.monotonic()
         self._counters["completions"] += len(completions)
         for completion in completions:
             if completion.status != 0:
@@ -274,3 +280,4 @@ class Link:
                 self._posted_requests -= len(operation.requests)
                 self._posted_reads -= operation.reads
                 operation.done.set()
+        self._be_patient()

@@ -17,9 +17,9 @@ from crailfs.wire.messages import QueuePairEnd
 
 ACK_TIMEOUT: Final = 15
 """As 4.096 us << 15 = 134 ms (IBTA 9.7.6.1.3). Devices may take up to four times as long."""
-RETRIES: Final = 7
-"""Of a packet that is not acknowledged. So a peer that is gone is an error after 8 x 134 ms =
-1.1 s, 4.3 s at most."""
+RETRIES: Final = 6
+"""Of a packet that is not acknowledged. So a peer that is gone is an error after 7 x 134 ms =
+0.9 s, 3.8 s at most. (7 would be without end on soft-RoCE, which takes it as for RNR.)"""
 HOP_LIMIT: Final = 64
 
 _NUMBER_MAX: Final = (1 << 24) - 1

@@ -7,11 +7,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import trio
 
 from crailfs.records import Tier
-from crailfs.transports import connect
-from tests.storage.cluster import FakeMetadata, client_config, storage_config, storage_running
+from tests.lab.rdma.cluster import lab_running
 from tests.transports.test_contract import (
     Way,
     test_a_region_that_the_server_does_not_have_is_lost,
@@ -36,19 +34,20 @@ __all__ = [
 ]
 
 
-@pytest.fixture(params=(Tier.MEMORY, Tier.DISK), ids=("memory", "disk"))
+TIERS = (Tier.MEMORY, Tier.DISK)
+
+
+@pytest.fixture(params=TIERS, ids=[tier.name.lower() for tier in TIERS])
 def way(request: pytest.FixtureRequest, tmp_path: Path, rdma_device: str) -> object:
+    tier = request.param
+
     @contextlib.asynccontextmanager
     async def connected() -> AsyncIterator[Way]:
-        async with (
-            FakeMetadata().running(tmp_path) as metadata,
-            storage_running(storage_config(tmp_path, metadata), metadata),
-            trio.open_nursery() as nursery,
-        ):
-            config = client_config(metadata, "rdma", timeout_ms=10_000)
-            transport = await connect(metadata.server, config, 42, nursery)
-            assert transport.name == "rdma"
-            yield Way(transport, metadata.region_id(request.param), request.param, tmp_path)
+        # What is on disk has the control connection to go by, which needs no memory beside it.
+        regions = {tier: tmp_path / "region", Tier.MEMORY: tmp_path / "memory"}
+        async with lab_running(tmp_path, regions) as lab:
+            transport = await lab.transport(timeout_ms=10_000)
+            yield Way(transport, lab.metadata.region_id(tier), tier, tmp_path)
             await transport.close()
 
     return connected()

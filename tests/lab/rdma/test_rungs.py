@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+
+import pytest
 
 from crailfs.records import Tier
 from crailfs.transports import connect
-from crailfs.units import MIB
+from crailfs.transports.rdma import PIECE_BYTES
+from crailfs.units import KIB, MIB
 from crailfs.wire.messages import FlushRung
 from tests.lab.rdma.cluster import Lab, lab_running, wipe
 from tests.storage.cluster import client_config
@@ -60,6 +64,23 @@ async def test_where_rdma_flush_is_not_wanted_the_server_flushes_what_a_read_has
         assert status.counters["range_flushes"] == WRITES
         assert "writes" not in status.counters
         assert status.clients[0].rung == FlushRung.READ_AND_REQUEST
+
+
+@pytest.mark.parametrize("rdma_flush", [True, False], ids=["flush", "request"])
+async def test_persistent_memory_takes_writes_of_any_size(
+    tmp_path: Path, rdma_device: str, devdax: Path, rdma_flush: bool
+) -> None:
+    noise = random.Random(1)
+    wipe(devdax)
+    async with lab_running(tmp_path, {Tier.PMEM: devdax}, rdma_flush=rdma_flush) as lab:
+        region = lab.metadata.region_id(Tier.PMEM)
+        transport = await lab.transport()
+        for size in (1, 4 * KIB + 1, PIECE_BYTES, 2 * PIECE_BYTES + 5):
+            data, offset = noise.randbytes(size), noise.randrange(64 * MIB)
+            await transport.write(region, offset, 1, data)
+            assert bytes(await transport.read(region, offset, size)) == data
+        assert transport.counters["writes"] == 6
+        assert transport.counters["copied_bytes"] == transport.counters["written_bytes"]
 
 
 async def test_over_tcp_the_server_writes_and_flushes(
