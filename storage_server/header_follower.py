@@ -105,17 +105,61 @@ class HeaderFollower:
         return found
 
     async def _apply(self, changes: dict[Region, list[HeaderChange]], last_sequence: int) -> None:
+        # After a crash between two regions one is ahead of the other, and must not go back.
+        behind = {
+            region: of_region
+            for region, of_region in changes.items()
+            if region.header_sequence < last_sequence
+        }
         if len(changes) > 1:
-            # A file's block may have moved from one region to another: it is here or there, or for
-            # a moment in both, never in none.
-            for region, of_region in changes.items():
-                published = [change for change in of_region if change.ino]
+            # A file's block may have gone from one region to another: it is here or there, or for
+            # a moment in both, never in neither.
+            for region, of_region in behind.items():
+                published = _published(of_region, region.medium.superblock.block_size_bytes)
                 await region.apply_headers(published, region.header_sequence)
+        for region, of_region in behind.items():
+            await region.apply_headers(of_region, last_sequence)
         for region, of_region in changes.items():
-            # It may be ahead of the others, after a crash between them, and must not go back.
-            if region.header_sequence < last_sequence:
-                await region.apply_headers(of_region, last_sequence)
             for change in of_region:
                 if not change.ino:
                     self._counters["blocks_discarded"] += change.block_count
                     await region.medium.discard(change.block, change.block_count)
+
+
+def _published(changes: Sequence[HeaderChange], block_size_bytes: int) -> list[HeaderChange]:
+    """Of the blocks that ``changes`` leave with a file; the others keep for now what they have. (A
+    block that is cleared is not granted again before that is acknowledged.)"""
+    cleared: set[int] = set()
+    for change in changes:
+        if not change.ino:
+            cleared.update(range(change.block, change.block + change.block_count))
+    kept: list[HeaderChange] = []
+    for change in changes:
+        if not change.ino:
+            continue
+        blocks = range(change.block, change.block + change.block_count)
+        if cleared.isdisjoint(blocks):
+            kept.append(change)
+            continue
+        kept += [
+            _cut(change, index, block_size_bytes)
+            for index, block in enumerate(blocks)
+            if block not in cleared
+        ]
+    return kept
+
+
+def _cut(change: HeaderChange, index: int, block_size_bytes: int) -> HeaderChange:
+    """One block of it."""
+    is_last = index == change.block_count - 1
+    return HeaderChange(
+        change.region,
+        change.block + index,
+        1,
+        change.ino,
+        change.file_block + index,
+        change.generation,
+        change.tail_stored_bytes if is_last else block_size_bytes,
+        change.tail_visible_bytes if is_last else block_size_bytes,
+        change.checksums[8 * index : 8 * index + 8],
+    )

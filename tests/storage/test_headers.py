@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def dies_after(count: int) -> Callable[[], None]:
     return die_later
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("tier", TIERS)
 async def test_whoever_dies_whenever(tmp_path: Path, tier: Tier, seed: int) -> None:
     """Fault model: the storage server dies before or after any region's headers are changed, or
