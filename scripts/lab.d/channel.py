@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class GuestError(Exception):
-    """The guest ended, or hung so that QEMU had to be killed; str() says which."""
+    """The guest ended, hung so that QEMU must be killed, or failed; str() says which."""
 
 
 class Channel:
@@ -25,15 +27,38 @@ class Channel:
         Raises:
             GuestError: it ended before, or was not ready in time.
         """
-        frame = self._frame(deadline, "not ready")
-        if not frame.get("ready"):
-            raise GuestError(f"the guest's agent began with {frame}")
+        if self._frame(deadline) is None:
+            raise GuestError("the guest was not ready within its time limit")
+
+    def begin(self, argv: Sequence[str], env: dict[str, str] | None = None) -> None:
+        """Starts ``argv`` in the guest; ``event`` tells what becomes of it."""
+        request = json.dumps({"argv": list(argv), "env": env or {}})
+        try:
+            self._connection.sendall(request.encode() + b"\n")
+        except OSError as error:
+            raise GuestError("the guest ended by itself") from error
+
+    def event(self, deadline: float) -> bytes | int | None:
+        """The next output of the command, or its exit code (negative: a signal); None: nothing
+        before the deadline.
+
+        Raises:
+            GuestError: the guest ended, or the command does not start.
+        """
+        while (frame := self._frame(deadline)) is not None:
+            if "output" in frame:
+                return str(frame["output"]).encode("latin-1")
+            if "exit" in frame:
+                return int(frame["exit"])
+            if "error" in frame:
+                raise GuestError(str(frame["error"]))
+        return None
 
     def run(
         self,
         argv: Sequence[str],
         deadline: float,
-        output: Callable[[bytes], None],
+        output: Callable[[bytes], object],
         env: dict[str, str] | None = None,
     ) -> int:
         """Runs ``argv`` in the guest to its end; returns its exit code (negative: a signal).
@@ -41,38 +66,28 @@ class Channel:
         Raises:
             GuestError: the guest ended, or the command was not done in time.
         """
-        for frame in self.start(argv, deadline, env):
-            if "exit" in frame:
-                return int(frame["exit"])  # type: ignore[call-overload, no-any-return]
-            output(str(frame["output"]).encode("latin-1"))
-        raise AssertionError("frames end with an exit or an exception")
+        self.begin(argv, env)
+        while not isinstance(event := self.event(deadline), int):
+            if event is None:
+                raise GuestError(f"{' '.join(argv)[:80]!r} was not done within its time limit")
+            output(event)
+        return event
 
-    def start(
-        self, argv: Sequence[str], deadline: float, env: dict[str, str] | None = None
-    ) -> Iterator[dict[str, object]]:
-        """Starts ``argv``; yields its ``output`` frames and last its ``exit``.
+    def drain(self, output: Callable[[bytes], object]) -> None:
+        """What was on its way when QEMU was killed."""
+        with contextlib.suppress(GuestError):
+            while True:
+                event = self.event(time.monotonic() + 10)
+                if isinstance(event, bytes):
+                    output(event)
 
-        Raises:
-            GuestError: as ``run``; also when the command does not start.
-        """
-        request = json.dumps({"argv": list(argv), "env": env or {}})
-        self._connection.sendall(request.encode() + b"\n")
-        while True:
-            frame = self._frame(deadline, "not done")
-            if "error" in frame:
-                raise GuestError(str(frame["error"]))
-            if "pid" not in frame:
-                yield frame
-            if "exit" in frame:
-                return
-
-    def _frame(self, deadline: float, late: str) -> dict[str, object]:
+    def _frame(self, deadline: float) -> dict[str, Any] | None:
         while b"\n" not in self._received:
             self._connection.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 chunk = self._connection.recv(1 << 16)
             except TimeoutError:
-                raise GuestError(f"the guest was {late} within its time limit") from None
+                return None
             except ConnectionError:
                 chunk = b""
             if not chunk:

@@ -6,31 +6,50 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd]")
 
 
-def write_failure(path: Path, name: str, message: str, details: str, seconds: float) -> None:
-    """One suite with one test case, which failed."""
-    write_cases(path, name, [(name, seconds, message, details)])
+class Case(NamedTuple):
+    """One test case."""
+
+    name: str
+    seconds: float
+    message: str | None
+    """Why it failed; None: it passed."""
+    details: str = ""
 
 
-def write_cases(
-    path: Path, suite: str, cases: Sequence[tuple[str, float, str | None, str]]
-) -> None:
-    """One suite; each case is its name, its seconds, why it failed (None: it passed), details."""
+def write(path: Path, suite: str, cases: Sequence[Case]) -> None:
+    """One suite with ``cases``."""
     root = ElementTree.Element("testsuites")
-    failures = sum(message is not None for _, _, message, _ in cases)
+    failures = sum(case.message is not None for case in cases)
     element = ElementTree.SubElement(
         root, "testsuite", name=suite, tests=str(len(cases)), failures=str(failures), errors="0"
     )
-    for name, seconds, message, details in cases:
-        case = ElementTree.SubElement(
-            element, "testcase", classname=f"lab.{suite}", name=name, time=f"{seconds:.3f}"
+    for case in cases:
+        told = ElementTree.SubElement(
+            element,
+            "testcase",
+            classname=f"lab.{suite}",
+            name=case.name,
+            time=f"{case.seconds:.3f}",
         )
-        if message is not None:
-            failure = ElementTree.SubElement(case, "failure", message=_NOT_XML.sub("?", message))
-            failure.text = _NOT_XML.sub("?", details)
+        if case.message is not None:
+            message = _NOT_XML.sub("?", case.message)
+            failure = ElementTree.SubElement(told, "failure", message=message)
+            failure.text = _NOT_XML.sub("?", case.details)
+    ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def merge(parts: Sequence[Path], path: Path) -> None:
+    """All suites of ``parts`` in one file. A part that is missing counts as one that failed."""
+    root = ElementTree.Element("testsuites")
+    for part in parts:
+        if not part.exists():
+            write(part, part.stem, [Case("run", 0, "it ended without writing results")])
+        root.extend(ElementTree.parse(part).getroot().iter("testsuite"))
     ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 

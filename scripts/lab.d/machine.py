@@ -210,7 +210,8 @@ def _command(
     argv += ["-chardev", f"socket,id=agent,path={agent_address},abstract=on"]
     argv += ["-device", "virtio-serial-pci"]
     argv += ["-device", "virtserialport,chardev=agent,name=crail.lab"]
-    argv += ["-chardev", f"file,id=console,path={directory / 'console.log'}"]
+    console = directory / "console.log"
+    argv += ["-chardev", f"file,id=console,path={console},append=on"]
     argv += ["-serial", "chardev:console", "-monitor", "none"]
     argv += ["-object", "rng-random,id=rng,filename=/dev/urandom"]
     return [*argv, "-device", "virtio-rng-pci,rng=rng"]

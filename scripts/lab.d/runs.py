@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import junit
 import machine
@@ -36,11 +37,24 @@ class Run:
     """``arguments`` are a command of its own, not pytest's."""
 
 
-def guests_directory(results: Path, name: str) -> Path:
-    """An empty directory for a run's logs."""
+class Output:
+    """Writes what a guest says to its log and to standard output."""
+
+    def __init__(self, log: BinaryIO) -> None:
+        self._log = log
+
+    def __call__(self, chunk: bytes) -> None:
+        for file in (self._log, sys.stdout.buffer):
+            file.write(chunk)
+            file.flush()
+
+
+def fresh_directory(results: Path, name: str) -> Path:
+    """An empty directory for a run's logs, in the place of an earlier run's; without its report."""
     directory = results / name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
+    (results / f"{name}.xml").unlink(missing_ok=True)
     return directory
 
 
@@ -50,41 +64,36 @@ def in_guests(image: Image, run: Run, results: Path) -> int:
     Returns the command's exit code, or 1 when a guest died or was not done in time.
     """
     began = time.monotonic()
-    deadline = began + run.limit_s
-    directory = guests_directory(results, run.name)
+    directory = fresh_directory(results, run.name)
     report = results / f"{run.name}.xml"
-    report.unlink(missing_ok=True)
+    pytest = [] if run.plain else [*PYTEST, "--junitxml=/lab/out/junit.xml"]
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crailfs-lab-")))
         source.make_disk(image, scratch / "source.img")
         log = stack.enter_context(open(directory / "output.log", "wb"))
-
-        def output(chunk: bytes) -> None:
-            log.write(chunk)
-            log.flush()
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
-
         try:
             guests = _boot(stack, image, run, scratch, directory)
             took = ", ".join(f"{guest.booted_s:.1f} s" for guest in guests)
             print(f"lab: {run.name}: {run.guests} guest(s) booted in {took}", flush=True)
-            report_option = "--junitxml=/lab/out/junit.xml"
-            argv = [*(() if run.plain else (*PYTEST, report_option)), *run.arguments]
-            code = guests[-1].channel.run(argv, deadline, output)
+            code = guests[-1].channel.run(
+                [*pytest, *run.arguments], began + run.limit_s, Output(log)
+            )
+            for guest in guests:
+                if guest.process.poll() is not None:
+                    raise GuestError(f"{guest.directory.name} ended by itself during the run")
         except GuestError as error:
-            message = f"{run.name}: {error}"
-            tails = "\n".join(_tails(directory))
-            print(f"lab: {message}\n{tails}", flush=True)
-            seconds = time.monotonic() - began
-            (directory / "died.txt").write_text(f"{message}\n{tails}\n")
-            junit.write_failure(report, run.name, message, tails, seconds)
+            message, details = f"{run.name}: {error}", tails(directory)
+            print(f"lab: {message}\n{details}", flush=True)
+            case = junit.Case("guests", time.monotonic() - began, message, details)
+            junit.write(report, run.name, [case])
             return 1
         written = guests[-1].out / "junit.xml"
         if written.exists():
             shutil.copy(written, report)
-        elif code and not run.plain:
-            junit.write_failure(report, run.name, f"pytest ended with {code}", "", 0)
+        elif not run.plain:
+            case = junit.Case("pytest", 0, f"pytest ended with {code} and wrote no report")
+            junit.write(report, run.name, [case])
+            return code or 1
         return code
 
 
@@ -115,10 +124,11 @@ def _boot(
     return [one.wait() for one in starting]
 
 
-def _tails(directory: Path) -> list[str]:
-    tails = []
+def tails(directory: Path) -> str:
+    """The ends of the consoles and of the output in a run's directory."""
+    parts = []
     for guest in sorted(directory.glob("guest*")):
-        tails.append(f"--- the end of {guest.name}'s console\n{machine.console_tail(guest)}")
+        parts.append(f"--- the end of {guest.name}'s console\n{machine.console_tail(guest)}")
     output = (directory / "output.log").read_text(errors="replace").splitlines()
-    tails.append("--- the end of the tests' output\n" + "\n".join(output[-20:]))
-    return tails
+    parts.append("--- the end of the output\n" + "\n".join(output[-20:]))
+    return "\n".join(parts)

@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "CRAIL_LAB" in os.environ:
+    if os.environ.get("CRAIL_LAB") in ("guest", "host"):
         return
     skip = pytest.mark.skip(reason="needs the hardware lab: scripts/lab")
     for item in items:

@@ -1,0 +1,100 @@
+"""The whole lab: what tests/lab/plan.toml lists, within a time limit for all of it."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import junit
+from image import CHECKOUT
+from power_loss import PowerLoss
+from runs import Run
+
+PLAN = CHECKOUT / "tests/lab/plan.toml"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to run, in order."""
+
+    runs: Sequence[Run]
+    power_losses: Sequence[tuple[PowerLoss, int]]
+    """Each with how many guests run at a time."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to run, which writes a report of its name."""
+
+    name: str
+    limit_s: float
+    run: Callable[[float], int]
+    """Runs it within this many seconds; returns an exit code."""
+
+
+def read(seed: int) -> Plan:
+    """The plan; ``seed`` is the power losses'."""
+    told = tomllib.loads(PLAN.read_text())
+    runs = [
+        Run(
+            name=one["name"],
+            guests=one.get("guests", 1),
+            arguments=["-q", *one["tests"]],
+            limit_s=one["limit_s"],
+            fsdax=one.get("fsdax", False),
+        )
+        for one in told.get("run", ())
+    ]
+    power_losses = [
+        (
+            PowerLoss(
+                name=one["name"],
+                rounds=one["rounds"],
+                load=one["load"],
+                verify=one["verify"],
+                seed=seed,
+                kill_within_s=one["kill_within_s"],
+                limit_s=one["limit_s"],
+            ),
+            one.get("lanes", 2),
+        )
+        for one in told.get("power_loss", ())
+    ]
+    return Plan(runs, power_losses)
+
+
+def carry_out(steps: Sequence[Step], limit_s: float, results: Path) -> int:
+    """Runs the steps within ``limit_s`` in all.
+
+    Merges their reports into ``results/junit.xml``, prints a line for each. Returns 0 when all
+    passed, and each ran at least one test.
+    """
+    deadline = time.monotonic() + limit_s
+    lines = []
+    failed = False
+    reports = []
+    for step in steps:
+        began = time.monotonic()
+        left_s = deadline - began
+        report = results / f"{step.name}.xml"
+        reports.append(report)
+        if left_s <= 0:
+            message = f"not run: the lab's {limit_s:.0f} s were over"
+            results.mkdir(parents=True, exist_ok=True)
+            junit.write(report, step.name, [junit.Case("run", 0, message)])
+            code = 1
+        else:
+            code = step.run(min(step.limit_s, left_s))
+        counts = junit.counts(report) if report.exists() else {}
+        ran = counts.get("tests", 0) - counts.get("skipped", 0)
+        passed = code == 0 and ran > 0
+        failed = failed or not passed
+        what = ", ".join(f"{count} {word}" for word, count in counts.items())
+        verdict = "passed" if passed else "FAILED" if ran else "FAILED: no test ran"
+        lines.append(f"lab: {step.name:12} {time.monotonic() - began:5.0f} s  {verdict} ({what})")
+    junit.merge(reports, results / "junit.xml")
+    print("\n".join(["", *lines, f"lab: results and logs are in {results}"]), flush=True)
+    return int(failed)
