@@ -43,6 +43,7 @@ from crailfs.wire.messages import (
     Opcode,
     ReadBlocks,
     ReadHeaders,
+    ReportFailed,
     Role,
     StorageStatus,
     StorageStatusReply,
@@ -50,6 +51,7 @@ from crailfs.wire.messages import (
     WriteBlocks,
 )
 from storage_server.buffers import Buffers
+from storage_server.failures import Where, retire_failing
 from storage_server.fencing import Fencing
 from storage_server.queue_pairs import QueuePairs
 from storage_server.region import Region
@@ -63,6 +65,7 @@ OPERATIONS: Final = frozenset(
         Opcode.WRITE_BLOCKS,
         Opcode.FLUSH_REGION,
         Opcode.READ_HEADERS,
+        Opcode.REPORT_FAILED,
         Opcode.STORAGE_STATUS,
         Opcode.CONNECT_QUEUE_PAIR,
     }
@@ -173,6 +176,8 @@ class Services:
                 self._flush(peer, request_id, request)
             case ReadHeaders():
                 self._read_headers(peer, request_id, request)
+            case ReportFailed():
+                self._look_for_failure(peer, request_id, request)
             case AttachRegions():
                 self._attach(peer, request_id, request)
             case ConnectQueuePair():
@@ -198,10 +203,12 @@ class Services:
             peer.reply(request_id, Empty(), payload=view)
             return
         buffer = self._buffers.take(request.byte_count)
+        where = Where(region, request.offset, request.byte_count)
         try:
             done = region.medium.try_read(request.offset, buffer)
         except OSError as error:
-            raise self._device_failed(region, request.offset, request.byte_count, error) from error
+            self._nursery.start_soon(self._device_failed, peer, request_id, where, error)
+            return
         if done:
             peer.reply(request_id, Empty(), payload=buffer)
             return
@@ -210,9 +217,7 @@ class Services:
             await region.medium.read(request.offset, buffer)
             peer.reply(request_id, Empty(), payload=buffer)
 
-        self._nursery.start_soon(
-            self._at_device, peer, request_id, region, request.offset, request.byte_count, read
-        )
+        self._nursery.start_soon(self._at_device, peer, request_id, where, read)
 
     def _write(
         self, peer: Peer, request_id: int, request: WriteBlocks, payload: memoryview | None
@@ -227,10 +232,12 @@ class Services:
             region.medium.persist(request.offset, len(payload))
             peer.reply(request_id, Empty())
             return
+        where = Where(region, request.offset, len(payload), writing=True)
         try:
             done = region.medium.try_write(request.offset, payload)
         except OSError as error:
-            raise self._device_failed(region, request.offset, len(payload), error) from error
+            self._nursery.start_soon(self._device_failed, peer, request_id, where, error)
+            return
         if done:
             peer.reply(request_id, Empty())
             return
@@ -243,9 +250,7 @@ class Services:
                 self._writes_under_way[peer.client_id] -= 1
             peer.reply(request_id, Empty())
 
-        self._nursery.start_soon(
-            self._at_device, peer, request_id, region, request.offset, len(payload), write
-        )
+        self._nursery.start_soon(self._at_device, peer, request_id, where, write)
 
     def _flush(self, peer: Peer, request_id: int, request: FlushRegion) -> None:
         region = self._region(request.region)
@@ -261,7 +266,7 @@ class Services:
         async def flush() -> None:
             peer.reply(request_id, FlushReply(durable=await region.medium.flush()))
 
-        self._nursery.start_soon(self._at_device, peer, request_id, region, 0, 0, flush)
+        self._nursery.start_soon(self._at_device, peer, request_id, Where(region, 0, 0), flush)
 
     def _read_headers(self, peer: Peer, request_id: int, request: ReadHeaders) -> None:
         if peer.role is not Role.OPERATOR:
@@ -273,7 +278,7 @@ class Services:
                 request_id, await region.read_headers(request.first_block, request.header_limit)
             )
 
-        self._nursery.start_soon(self._at_device, peer, request_id, region, 0, 0, read)
+        self._nursery.start_soon(self._at_device, peer, request_id, Where(region, 0, 0), read)
 
     def _attach(self, peer: Peer, request_id: int, request: AttachRegions) -> None:
         if not peer.is_local:
@@ -354,32 +359,41 @@ class Services:
         return region
 
     async def _at_device(
-        self,
-        peer: Peer,
-        request_id: int,
-        region: Region,
-        offset: int,
-        byte_count: int,
-        work: Callable[[], Awaitable[None]],
+        self, peer: Peer, request_id: int, where: Where, work: Callable[[], Awaitable[None]]
     ) -> None:
         try:
             await work()
         except CrailError as error:
             peer.reply_error(request_id, error)
         except OSError as error:
-            peer.reply_error(request_id, self._device_failed(region, offset, byte_count, error))
+            await self._device_failed(peer, request_id, where, error)
 
-    def _device_failed(
-        self, region: Region, offset: int, byte_count: int, error: OSError
-    ) -> CrailError:
+    async def _device_failed(
+        self, peer: Peer, request_id: int, where: Where, error: OSError
+    ) -> None:
+        """Blocks at fault are retired before the client hears of it."""
         self.counters["device_errors"] += 1
-        blocks = region.blocks(offset, byte_count) if byte_count else range(0)
-        region.failed_blocks.update(blocks)
-        log.error("region %s: %s in %s", region.medium.path, error.strerror, blocks or "flushing")
-        return DamagedError(
-            f"region {region.medium.path}, {byte_count} bytes at {offset}: {error.strerror}; "
-            "check the device under it"
+        path = where.region.medium.path
+        log.error("region %s, %s: %s", path, where, error.strerror)
+        await retire_failing(where)
+        peer.reply_error(
+            request_id,
+            DamagedError(f"region {path}, {where}: {error.strerror}; check the device under it"),
         )
+
+    def _look_for_failure(self, peer: Peer, request_id: int, request: ReportFailed) -> None:
+        region = self._region(request.region)
+        region.check_range(request.offset, request.byte_count)
+        if region.medium.blocks is not None:
+            raise NotSupportedError("only devices are looked at, not memory")
+
+        async def look() -> None:
+            where = Where(region, request.offset, request.byte_count, writing=request.writing)
+            if await retire_failing(where):
+                self.counters["device_errors"] += 1
+            peer.reply(request_id, Empty())
+
+        self._nursery.start_soon(look)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Final
 
@@ -25,6 +26,7 @@ class DirectFile:
         self._life_line_fd = life_line_fd
         self._buffers = AlignedBuffers()
         self._opened: Engine | None = None
+        self._closed = False
 
     async def read(self, position: int, buffer: memoryview) -> None:
         """Fill ``buffer``; without a copy if it and ``position`` are aligned."""
@@ -58,8 +60,15 @@ class DirectFile:
         """fdatasync: what was written outlives a power cut."""
         await self._engine.sync(self._fd)
 
+    async def drain(self) -> None:
+        """Wait until nothing is under way."""
+        if self._opened is not None:
+            await self._opened.drain()
+
     def close(self) -> None:
-        """Waits for what is under way: afterwards nothing arrives any more. ``fd`` stays open."""
+        """Nothing may be under way in a thread. Waits for what is under way in a ring: afterwards
+        nothing arrives any more. ``fd`` stays open."""
+        self._closed = True
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -67,6 +76,8 @@ class DirectFile:
     @property
     def _engine(self) -> Engine:
         if self._opened is None:
+            if self._closed:
+                raise OSError(errno.EBADF, "the file is closed")
             self._opened = open_engine(self._life_line_fd)
         return self._opened
 

@@ -24,8 +24,11 @@ class Engine(Protocol):
     async def sync(self, fd: int) -> None:
         """fdatasync."""
 
+    async def drain(self) -> None:
+        """Wait until nothing is under way."""
+
     def close(self) -> None:
-        """Waits for what is under way."""
+        """Waits for what the kernel has under way; what threads have must have been drained."""
 
 
 @functools.cache

@@ -59,6 +59,7 @@ class Ring:
         # Keeps the memory of each request: its task's frame holds the view.
         self._waiting: dict[int, trio.lowlevel.Task] = {}
         self._room = trio.lowlevel.ParkingLot()
+        self._drained = trio.lowlevel.ParkingLot()
         self._queued = 0
         self._submitter: trio.lowlevel.Task | None = None
         self._serving = 0
@@ -83,6 +84,10 @@ class Ring:
 
     async def sync(self, fd: int) -> None:
         await self._request(liburing.io_uring_prep_fsync, fd, liburing.IORING_FSYNC_DATASYNC)
+
+    async def drain(self) -> None:
+        while self._waiting:
+            await self._drained.park()
 
     def close(self) -> None:
         while self._waiting:
@@ -172,6 +177,8 @@ class Ring:
             liburing.io_uring_cq_advance(ring, count)
             if self._room:
                 self._room.unpark(count=count)
+            if not self._waiting:
+                self._drained.unpark_all()
 
 
 def _goes_on(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:

@@ -20,6 +20,8 @@ class Threads:
 
     def __init__(self) -> None:
         self._limiter = trio.CapacityLimiter(THREADS_MAX)
+        self._under_way = 0
+        self._ended = trio.lowlevel.ParkingLot()
 
     async def read(self, fd: int, position: int, buffer: memoryview) -> None:
         await self._run(partial(read_exactly, fd, buffer, position, wait=True))
@@ -30,8 +32,18 @@ class Threads:
     async def sync(self, fd: int) -> None:
         await self._run(partial(os.fdatasync, fd))
 
+    async def drain(self) -> None:
+        while self._under_way:
+            await self._ended.park()
+
     def close(self) -> None:
-        """A call in a thread is waited for by whoever made it."""
+        assert not self._under_way
 
     async def _run(self, work: Callable[[], object]) -> None:
-        await trio.to_thread.run_sync(work, limiter=self._limiter)
+        self._under_way += 1
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(work, limiter=self._limiter)
+        finally:
+            self._under_way -= 1
+            self._ended.unpark_all()

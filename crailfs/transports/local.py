@@ -6,7 +6,9 @@ attaches again only for a region that it does not know yet.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import trio
@@ -15,6 +17,7 @@ from crailfs.config import ClientConfig
 from crailfs.errors import (
     BlockLostError,
     CrailError,
+    DamagedError,
     InvalidError,
     NotSupportedError,
     ProtocolError,
@@ -24,9 +27,24 @@ from crailfs.limits import CONNECT_TIMEOUT_MS
 from crailfs.net.client import RpcClient
 from crailfs.net.sending import Buffer
 from crailfs.records import StorageServerInfo
+from crailfs.transports.direct_region import DirectRegion
 from crailfs.transports.file_region import FileRegion
 from crailfs.transports.mapped_region import MappedRegion
-from crailfs.wire.messages import Access, AttachedRegion, AttachRegions, AttachReply, Opcode, Role
+from crailfs.transports.persistent_region import PersistentRegion
+from crailfs.transports.staging import stable
+from crailfs.units import MIB
+from crailfs.wire.messages import (
+    Access,
+    AttachedRegion,
+    AttachRegions,
+    AttachReply,
+    FlushMethod,
+    Opcode,
+    ReportFailed,
+    Role,
+)
+
+log = logging.getLogger(__name__)
 
 
 class LocalRegion(Protocol):
@@ -47,6 +65,7 @@ class LocalTransport:
     as long as it is open, the server lends none of this client's blocks to anybody else."""
 
     name = "local"
+    write_piece_bytes = 1 * MIB
 
     def __init__(self, server: StorageServerInfo, config: ClientConfig, client_id: int) -> None:
         self._server = server
@@ -56,6 +75,7 @@ class LocalTransport:
         self._life_line_fd = -1
         self._closed = False
         self._attaching = trio.Lock()
+        self._reporting = trio.Lock()
 
     @classmethod
     async def connect(
@@ -69,15 +89,27 @@ class LocalTransport:
     async def read(self, region: int, offset: int, byte_count: int) -> Buffer:
         target = self._regions.get(region) or await self._find(region)
         _check_bounds(target, region, offset, byte_count)
-        return await target.read(offset, byte_count)
+        try:
+            return await target.read(offset, byte_count)
+        except DamagedError:
+            await self._report(ReportFailed(region, offset, byte_count))
+            raise
 
     async def write(self, region: int, offset: int, generation: int, data: Buffer) -> None:
         target = self._regions.get(region) or await self._find(region)
         _check_bounds(target, region, offset, len(data))
-        await target.write(offset, data)
+        try:
+            await target.write(offset, data)
+        except DamagedError:
+            await self._report(ReportFailed(region, offset, len(data), writing=True))
+            raise
 
     def in_place(self, region: int) -> bool:
-        return self._regions[region].in_place
+        known = self._regions.get(region)
+        return known is not None and known.in_place
+
+    def stage(self, data: Buffer) -> Buffer:
+        return stable(data)
 
     async def flush(self, region: int) -> bool:
         target = self._regions.get(region) or await self._find(region)
@@ -107,6 +139,29 @@ class LocalTransport:
             ) from None
 
     async def _attach(self, deadline_ms: int) -> None:
+        async def attach(client: RpcClient) -> None:
+            reply, fds = await client.call_with_fds(
+                Opcode.ATTACH_REGIONS, AttachRegions(self._client_id), deadline_ms=deadline_ms
+            )
+            self._adopt(reply, fds)
+
+        await self._ask(attach)
+
+    async def _report(self, failed: ReportFailed) -> None:
+        """Have the server look at bytes that the device did not deliver or take. One at a time: it
+        has enough to do with a device that fails."""
+
+        async def report(client: RpcClient) -> None:
+            await client.call(Opcode.REPORT_FAILED, failed, deadline_ms=CONNECT_TIMEOUT_MS)
+
+        async with self._reporting:
+            try:
+                await self._ask(report)
+            except CrailError as error:
+                log.warning("a failing device was not reported to its server: %s", error.message)
+
+    async def _ask(self, exchange: Callable[[RpcClient], Awaitable[None]]) -> None:
+        """Over a connection of its own. Raises ``CrailError``."""
         client = RpcClient(
             f"unix:{self._server.unix_path}",
             self._config.credentials,
@@ -117,10 +172,7 @@ class LocalTransport:
         async with trio.open_nursery() as nursery:
             await nursery.start(client.run)
             try:
-                reply, fds = await client.call_with_fds(
-                    Opcode.ATTACH_REGIONS, AttachRegions(self._client_id), deadline_ms=deadline_ms
-                )
-                self._adopt(reply, fds)
+                await exchange(client)
             except CrailError as error:  # raised here, it would arrive in an exception group
                 failure = error
             nursery.cancel_scope.cancel()
@@ -137,7 +189,8 @@ class LocalTransport:
                 )
             for description, fd in zip(reply.regions, fds[:-1], strict=True):
                 if description.region_id not in self._regions:
-                    self._regions[description.region_id] = _open_region(description, fd)
+                    region = _open_region(description, fd, life_line_fd=fds[-1])
+                    self._regions[description.region_id] = region
                     unused.remove(fd)
             previous, self._life_line_fd = self._life_line_fd, unused.pop()
             if previous >= 0:
@@ -147,14 +200,18 @@ class LocalTransport:
                 os.close(fd)
 
 
-def _open_region(description: AttachedRegion, fd: int) -> LocalRegion:
+def _open_region(description: AttachedRegion, fd: int, *, life_line_fd: int) -> LocalRegion:
     """Takes ``fd`` over. Raises ``NotSupportedError`` for a kind of region that this client does
     not know."""
     match description.access:
-        case Access.MAP:
+        case Access.MAP if description.flush_method is FlushMethod.NONE:
             return MappedRegion(description, fd)
+        case Access.MAP:
+            return PersistentRegion(description, fd)
         case Access.FILE:
             return FileRegion(description, fd)
+        case Access.DIRECT:
+            return DirectRegion(description, fd, life_line_fd)
     raise NotSupportedError(
         f"region {description.region_id} is reached by {description.access.name}, which this "
         "client cannot do: take 'local' out of its transports"

@@ -1,0 +1,48 @@
+"""Which blocks a device fails at, so that they are never handed out again."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from storage_server.region import Region
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Where:
+    """What was being done when a device failed. ``byte_count`` 0: flushing."""
+
+    region: Region
+    offset: int
+    byte_count: int
+    writing: bool = False
+
+    def __str__(self) -> str:
+        if not self.byte_count:
+            return "flushing"
+        action = "writing" if self.writing else "reading"
+        return f"{action} {self.byte_count} bytes at {self.offset}"
+
+
+async def retire_failing(where: Where) -> bool:
+    """Read the blocks one by one, and retire those that the device does not deliver; if it delivers
+    all of them but did not take a write, those that were to be written. Whether there were any."""
+    if not where.byte_count:
+        return False
+    region, size_bytes = where.region, where.region.medium.superblock.block_size_bytes
+    blocks = region.blocks(where.offset, where.byte_count)
+    buffer = memoryview(bytearray(size_bytes))
+    failing = set()
+    for block in blocks:
+        try:
+            await region.medium.read(block * size_bytes, buffer)
+        except OSError:
+            failing.add(block)
+    if where.writing and not failing:
+        failing.update(blocks)
+    if failing:
+        region.failed_blocks |= failing
+        log.error("region %s: blocks %s are retired", region.medium.path, sorted(failing))
+    return bool(failing)
