@@ -100,7 +100,8 @@ class State:
             raise ConfigurationError(
                 f"state directory {self.directory} belongs to cluster {self._stored.cluster_id}, "
                 f"the metadata server to {cluster_id.hex()}: correct the address of the metadata "
-                "server, or use another state directory"
+                "server, or use another state directory; a metadata server whose state is lost is "
+                f"begun anew with cluster.id = {self._stored.cluster_id}"
             )
 
     def remember(self, cluster_id: bytes, regions: list[KnownRegion]) -> None:
