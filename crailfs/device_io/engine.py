@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Protocol
+import re
+from pathlib import Path
+from typing import Final, Protocol
 
 from crailfs.device_io.threads import Threads
 
@@ -31,10 +33,22 @@ class Engine(Protocol):
         """Waits for what the kernel has under way; what threads have must have been drained."""
 
 
+_WHEEL_INSTRUCTIONS: Final = frozenset({"avx512f", "avx512vl"})
+"""liburing 2026.3.30 is compiled for these: without them the first call is a SIGILL."""
+
+
+def _lacking_instructions() -> frozenset[str]:
+    """Those of the wheel's that this processor does not have."""
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return _WHEEL_INSTRUCTIONS - frozenset(found[1].split() if found else ())
+
+
 @functools.cache
 def engine_name() -> str:
     """``io_uring`` or ``threads``: what this process uses. Logs once why not the first."""
     try:
+        if lacking := _lacking_instructions():
+            raise ImportError(f"its wheel is compiled for {', '.join(sorted(lacking))}")
         from crailfs.device_io.ring import probe
 
         probe()
