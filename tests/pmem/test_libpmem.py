@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import os
@@ -127,3 +128,12 @@ def test_the_environment_cannot_make_memory_persistent(path: Path) -> None:
     assert done.stdout == "False\n"
     for name in OVERRIDES:
         assert f"{name} is ignored" in done.stderr
+
+
+def test_memcpy_shares_no_types_with_other_bindings(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes.pythonapi.PyBuffer_Release, "argtypes", (ctypes.c_char_p,))
+    mapping = SegmentMapping(fd, [0], SIZE, SIZE, synchronous=False)
+    libpmem.memcpy(mapping.address, b"copied")
+    assert mapping.view[:6] == b"copied"
