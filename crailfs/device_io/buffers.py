@@ -39,8 +39,15 @@ class AlignedBuffers:
     def __init__(self, idle_max_bytes: int = IDLE_MAX_BYTES) -> None:
         self._idle_max_bytes = idle_max_bytes
         self._idle: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
-        self._idle_bytes = 0
+        self.idle_bytes = 0
         self._uses: dict[int, _Use] = {}
+        self.made_count = 0
+        """Buffers that had to be mapped, so far."""
+
+    @property
+    def taken_count(self) -> int:
+        """Buffers that somebody holds."""
+        return len(self._uses)
 
     def take(self, byte_count: int) -> memoryview:
         """``byte_count`` bytes that begin at a page, with whatever was in them before."""
@@ -48,8 +55,11 @@ class AlignedBuffers:
         idle = self._idle[size_bytes]
         if idle:
             memory = idle.pop()
-            self._idle_bytes -= size_bytes
+            self.idle_bytes -= size_bytes
         else:
+            # The size that was missing last is the last to be given up.
+            self._idle[size_bytes] = self._idle.pop(size_bytes)
+            self.made_count += 1
             memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # An mmap cannot tell when its last view goes; an array laid over it can.
         array = (ctypes.c_char * size_bytes).from_buffer(memory)
@@ -61,9 +71,16 @@ class AlignedBuffers:
     def _dropped(self, use: weakref.ref[_Array]) -> None:
         memory = self._uses.pop(id(use)).memory
         size_bytes = len(memory)
-        if self._idle_bytes + size_bytes <= self._idle_max_bytes:
-            self._idle[size_bytes].append(memory)
-            self._idle_bytes += size_bytes
+        self._idle[size_bytes].append(memory)
+        self.idle_bytes += size_bytes
+        if self.idle_bytes > self._idle_max_bytes:
+            self._give_up_some()
+
+    def _give_up_some(self) -> None:
+        for size_bytes, idle in self._idle.items():
+            while idle and self.idle_bytes > self._idle_max_bytes:
+                idle.pop()
+                self.idle_bytes -= size_bytes
 
 
 def round_up(byte_count: int) -> int:

@@ -11,6 +11,7 @@ asking task 2.3 us; a turn of the event loop 12 us, shared by all that it comple
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import itertools
 import os
@@ -37,6 +38,50 @@ def probe() -> None:
     ring = liburing.Ring()
     liburing.io_uring_queue_init(1, ring)
     liburing.io_uring_queue_exit(ring)
+
+
+class _PyBuffer(ctypes.Structure):
+    """The interpreter's ``Py_buffer``; part of its stable interface."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("pointers", ctypes.c_void_p * 5),
+    )
+
+
+def _keeps_buffers() -> bool:
+    """Whether ``liburing.Iovec`` takes hold of its buffers and never lets go (2026.3.30 does):
+    then each would stay for good."""
+    probed = memoryview(bytearray(1))
+    liburing.Iovec([probed])
+    try:
+        probed.release()
+    except BufferError:
+        return True
+    return False
+
+
+_KEEPS_BUFFERS: Final = _keeps_buffers()
+_kept = _PyBuffer()
+_kept_address: Final = ctypes.byref(_kept)
+# Not ctypes.pythonapi's, whose argument types are everybody's.
+_let_go: Final = ctypes.PyDLL(None).PyBuffer_Release
+_let_go.argtypes = (ctypes.c_void_p,)
+_let_go.restype = None
+
+
+def _iovec(buffer: memoryview) -> liburing.Iovec:
+    """Does not keep ``buffer``: the task that waits for the request does."""
+    vector = liburing.Iovec([buffer])
+    if _KEEPS_BUFFERS:
+        _kept.obj = id(buffer)
+        _let_go(_kept_address)
+    return vector
 
 
 class Ring:
@@ -66,21 +111,21 @@ class Ring:
 
     async def read(self, fd: int, position: int, buffer: memoryview) -> None:
         prepare = liburing.io_uring_prep_readv
-        count = await self._request(prepare, fd, liburing.Iovec([buffer]), position)
+        count = await self._request(prepare, fd, _iovec(buffer), position)
         while count < len(buffer):
             if count == 0:
                 raise OSError(errno.EIO, "the device ends early")
             buffer, position = buffer[count:], position + count
-            count = await self._request(prepare, fd, liburing.Iovec([buffer]), position)
+            count = await self._request(prepare, fd, _iovec(buffer), position)
 
     async def write(self, fd: int, position: int, data: memoryview) -> None:
         prepare = liburing.io_uring_prep_writev
-        count = await self._request(prepare, fd, liburing.Iovec([data]), position)
+        count = await self._request(prepare, fd, _iovec(data), position)
         while count < len(data):
             if count == 0:
                 raise OSError(errno.EIO, "the device takes no more")
             data, position = data[count:], position + count
-            count = await self._request(prepare, fd, liburing.Iovec([data]), position)
+            count = await self._request(prepare, fd, _iovec(data), position)
 
     async def sync(self, fd: int) -> None:
         await self._request(liburing.io_uring_prep_fsync, fd, liburing.IORING_FSYNC_DATASYNC)

@@ -9,7 +9,7 @@ from typing import Final
 
 import trio
 
-from crailfs.transports.file_io import read_exactly, write_all
+from crailfs.device_io.file_io import read_exactly, write_all
 
 THREADS_MAX: Final = 16
 

@@ -9,9 +9,9 @@ from functools import partial
 
 import trio
 
+from crailfs.device_io.file_io import InlineWrites, read_exactly, write_all
 from crailfs.errors import DamagedError
 from crailfs.net.sending import Buffer
-from crailfs.transports.file_io import InlineWrites, read_exactly, write_all
 from crailfs.wire.messages import AttachedRegion
 
 

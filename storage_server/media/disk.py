@@ -14,7 +14,7 @@ from typing import Final
 import trio
 
 from crailfs.config import RegionConfig
-from crailfs.transports.file_io import InlineWrites, read_exactly, write_all
+from crailfs.device_io.file_io import InlineWrites, read_exactly, write_all
 from crailfs.wire.messages import Access, FlushMethod
 from storage_server.media.layout import Layout
 from storage_server.media.region_file import RegionFile, open_region_file

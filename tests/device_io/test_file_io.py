@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crailfs.transports import file_io
+from crailfs.device_io import file_io
 from crailfs.units import MIB
 
 
