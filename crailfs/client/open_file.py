@@ -29,7 +29,9 @@ class OpenFile:
         self._filesystem = filesystem
         self._state = state
         self._is_open = True
-        self._read_ahead = ReadAhead(filesystem.reader, filesystem.cache, state, filesystem.nursery)
+        self._read_ahead = ReadAhead(
+            filesystem.reader, filesystem.cache, filesystem.storage, state, filesystem.nursery
+        )
 
     @property
     def attributes(self) -> Attributes:
@@ -44,7 +46,7 @@ class OpenFile:
         Raises ``ChecksumError`` or ``BlockLostError`` if the bytes cannot be had as written.
         """
         self._check(offset, byte_count)
-        if self._filesystem.storage.any_remote:
+        if self._filesystem.storage.reads_wait:
             return await self._read_ahead.read(offset, byte_count)
         return await self._filesystem.reader.read(self._state, offset, byte_count)
 

@@ -1,4 +1,4 @@
-"""Reads ahead of a sequential reader where a trip to the storage server costs something."""
+"""Reads ahead of a sequential reader where a device or a network is to be waited for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import trio
 from crailfs.client.cache import NodeCache
 from crailfs.client.file_state import FileState
 from crailfs.client.reader import Reader
+from crailfs.client.storage import StorageAccess
 from crailfs.errors import CrailError
 from crailfs.limits import CLIENT_READ_AHEAD_MAX_BYTES
 from crailfs.units import MIB
@@ -20,6 +21,8 @@ Version: TypeAlias = tuple[int, int]
 CHUNK_BYTES: Final = 1 * MIB
 _CHUNKS_MAX: Final = CLIENT_READ_AHEAD_MAX_BYTES // CHUNK_BYTES
 _CHUNKS_AHEAD: Final = _CHUNKS_MAX // 2
+_BY_ITSELF_BYTES: Final = _CHUNKS_AHEAD * CHUNK_BYTES
+"""A read of so much keeps the way to its bytes busy by itself, and wants no copy of them."""
 _SEQUENTIAL_READS_MIN: Final = 2
 """So many reads in a row that follow each other make a sequential reader."""
 
@@ -35,10 +38,16 @@ class ReadAhead:
     """Of one handle. Reads may come a little out of order, as a kernel sends them."""
 
     def __init__(
-        self, reader: Reader, cache: NodeCache, state: FileState, nursery: trio.Nursery
+        self,
+        reader: Reader,
+        cache: NodeCache,
+        storage: StorageAccess,
+        state: FileState,
+        nursery: trio.Nursery,
     ) -> None:
         self._reader = reader
         self._cache = cache
+        self._storage = storage
         self._state = state
         self._nursery = nursery
         self._chunks: OrderedDict[int, _Chunk] = OrderedDict()
@@ -50,7 +59,7 @@ class ReadAhead:
         near = abs(offset - self._next_offset) <= CHUNK_BYTES
         self._in_a_row = self._in_a_row + 1 if near else 0
         self._next_offset = offset + byte_count
-        if self._in_a_row < _SEQUENTIAL_READS_MIN:
+        if self._in_a_row < _SEQUENTIAL_READS_MIN or byte_count >= _BY_ITSELF_BYTES:
             return await self._reader.read(self._state, offset, byte_count)
         await self._reader.blocks(self._state, offset, byte_count)
         version = self._version()
@@ -93,7 +102,8 @@ class ReadAhead:
         try:
             data = await self._reader.read(self._state, index * CHUNK_BYTES, CHUNK_BYTES)
             if self._version() == chunk.version:
-                chunk.data = bytes(data) if isinstance(data, memoryview) else data
+                passing = self._storage.reads_are_views and isinstance(data, memoryview)
+                chunk.data = bytes(data) if passing else data
         except CrailError:
             chunk.data = None  # whoever wants these bytes reads them again and meets the error
         finally:

@@ -181,7 +181,7 @@ class Reader:
             pieces += self._extent_pieces(extent, first, end, pending, offset, result)
         for file_block, block in pending.items():
             pieces.append(self._pending_piece(state, block, file_block, offset, result))
-        if len(pieces) > 1 and self._storage.any_remote:
+        if len(pieces) > 1 and self._storage.reads_wait:
             await _all_of(pieces)
         else:
             for piece in pieces:

@@ -32,8 +32,10 @@ class StorageAccess:
         fetch_map: Callable[[], Awaitable[ClusterMap]],
         client_id: Callable[[], int],
     ) -> None:
-        self.any_remote = False
-        """Whether some server is reached over a network: then reading ahead pays."""
+        self.reads_wait = False
+        """Whether some region is on a device or behind a network: then reading ahead pays."""
+        self.reads_are_views = False
+        """Whether some region is mapped: then a view that was read lasts until its blocks go."""
         self._config = config
         self._nursery = nursery
         self._fetch_map = fetch_map
@@ -92,8 +94,9 @@ class StorageAccess:
                 if transport is None:
                     transport = await self._reach(server_id, failures)
                     self._by_server[server_id] = transport
-                    self.any_remote = any(t.name != "local" for t in self._by_server.values())
                 self._by_region[region] = transport
+                self.reads_are_views |= transport.in_place(region)
+                self.reads_wait |= not transport.in_place(region)
                 return transport
         if failures:
             raise failures[-1]

@@ -71,7 +71,9 @@ class BufferPool:
             memory = free.pop()
             self.free_bytes -= size_bytes
         else:
-            self._make_room(size_bytes)
+            if free is not None:
+                # The size that was missing last is the last to be given up.
+                self._free[size_bytes] = self._free.pop(size_bytes)
             memory = _Memory(size_bytes, self._register)
             self.registrations += 1
         use = _use_type(size_bytes).from_buffer(memory.mapping)
@@ -89,20 +91,16 @@ class BufferPool:
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
         return Lease(view, address, memory.registration.key)
 
-    def _make_room(self, size_bytes: int) -> None:
-        """What is kept of other sizes goes, so that a buffer of this one can be kept afterwards."""
-        for other_bytes, free in self._free.items():
-            while free and self.free_bytes + size_bytes > KEPT_MAX_BYTES:
-                free.pop()
-                self.free_bytes -= other_bytes
-
     def _take_back(self) -> None:
         while self._returned:
             memory = self._returned.popleft()
-            fits = self.free_bytes + memory.size_bytes <= KEPT_MAX_BYTES
-            if fits and memory.size_bytes <= KEPT_SIZE_MAX_BYTES:
+            if memory.size_bytes <= KEPT_SIZE_MAX_BYTES:
                 self._free.setdefault(memory.size_bytes, []).append(memory)
                 self.free_bytes += memory.size_bytes
+        for size_bytes, free in self._free.items():
+            while free and self.free_bytes > KEPT_MAX_BYTES:
+                free.pop()
+                self.free_bytes -= size_bytes
 
 
 @functools.cache
