@@ -159,6 +159,11 @@ def _format(fd: int, config: RegionConfig, cluster_id: bytes, block_size_bytes: 
     """The superblock comes last: a crash before leaves a device without a region."""
     size_bytes = os.lseek(fd, 0, os.SEEK_END)
     whole = new_superblock(config, size_bytes, cluster_id, block_size_bytes)
+    if size_bytes < whole.data_offset_bytes + block_size_bytes:
+        raise ConfigurationError(
+            f"region {config.path}: the device has {size_bytes} bytes and holds no block of "
+            f"{block_size_bytes} behind what the region takes for itself"
+        )
     superblock = new_superblock(
         config, size_bytes - whole.data_offset_bytes, cluster_id, block_size_bytes
     )
