@@ -82,8 +82,16 @@ def open_pmem_region(
         front = _read_front(fd, place)
         if place.kind.is_device and form.recognised_pool_bytes(front) is None:
             _make_on_device(config, fd, place, front, cluster_id, block_size_bytes, known_uuid)
-        pool = _open_pool(path, fd, place)
-        if place.kind.is_device and known_uuid is None and _is_unfinished(pool):
+        may_remake = place.kind.is_device and known_uuid is None
+        try:
+            pool = _open_pool(path, fd, place)
+        except DamagedError as error:
+            if not (may_remake and config.overwrite):
+                raise
+            log.warning("%s; making it anew, as overwrite = true", error)
+            _make_on_device(config, fd, place, b"", cluster_id, block_size_bytes, known_uuid)
+            pool = _open_pool(path, fd, place)
+        if may_remake and _is_unfinished(pool):
             log.warning("region %s was being made when that ended: making it anew", path)
             pool.close()
             _make_on_device(config, fd, place, b"", cluster_id, block_size_bytes, known_uuid)
@@ -260,8 +268,9 @@ def _open_pool(path: Path, fd: int, place: Place) -> Pool:
         if error.errno == errno.EAGAIN:
             raise _busy(path) from error
         raise DamagedError(
-            f"region {path} cannot be opened: {error.strerror}. Restore it, or move it away and "
-            "take the region out of the configuration: the files that had blocks in it lose them"
+            f"region {path} cannot be opened: {error.strerror}. Restore it; or take it out of the "
+            "configuration, and start once without it: the files that had blocks in it lose them. "
+            "Then remove the file, or set overwrite = true for the device, to use it anew"
         ) from error
 
 

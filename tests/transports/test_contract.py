@@ -13,6 +13,7 @@ import trio
 
 from crailfs.errors import BlockLostError, InvalidError, UnavailableError
 from crailfs.limits import PAYLOAD_MAX_BYTES
+from crailfs.pmem import libpmemobj
 from crailfs.records import Tier
 from crailfs.transports import Transport, connect
 from crailfs.units import KIB, MIB
@@ -25,7 +26,8 @@ from tests.storage.cluster import (
     storage_running,
 )
 
-TIERS = (Tier.MEMORY, Tier.NVME, Tier.DISK)
+_PMEM = (Tier.PMEM,) if libpmemobj.missing() is None else ()
+TIERS = (*_PMEM, Tier.MEMORY, Tier.NVME, Tier.DISK)
 WAYS = [(name, tier) for name in ("local", "tcp") for tier in TIERS]
 SIZES = (1, 4 * KIB, 64 * KIB, 128 * KIB + 1, MIB, PAYLOAD_MAX_BYTES, 2 * PAYLOAD_MAX_BYTES + 5)
 

@@ -151,3 +151,20 @@ def test_what_a_crash_left_of_making_a_region_is_made_anew(
     assert medium.try_write(0, memoryview(data))
     assert medium.blocks is not None and medium.blocks[:5000] == data
     medium.close()
+
+
+def test_a_damaged_region_is_made_anew_only_when_given_up(empty_devdax: Path) -> None:
+    medium = open_pmem(devdax_config(empty_devdax))
+    medium.close()
+    fd = os.open(empty_devdax, os.O_RDWR)
+    front = SegmentMapping(fd, [0], form.FRONT_BYTES, form.FRONT_BYTES, synchronous=False)
+    os.close(fd)
+    libpmem.memcpy(front.address + 40, b"damaged")
+    known = medium.superblock.region_uuid
+    with pytest.raises(DamagedError, match="checksum"):
+        open_pmem(devdax_config(empty_devdax))
+    with pytest.raises(DamagedError, match="checksum"):
+        open_pmem(devdax_config(empty_devdax, overwrite=True), known=known)
+    again = open_pmem(devdax_config(empty_devdax, overwrite=True))
+    assert again.superblock.region_uuid != known
+    again.close()
