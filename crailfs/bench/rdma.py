@@ -27,6 +27,7 @@ from crailfs.client.stream import StoreFile
 from crailfs.config import ClientConfig
 from crailfs.errors import CrailError, UnavailableError
 from crailfs.net.client import RpcClient
+from crailfs.rdma.buffers import BufferPool
 from crailfs.records import Extent, Run, StorageClass
 from crailfs.transports.rdma import RdmaTransport
 from crailfs.units import KIB, MIB
@@ -46,7 +47,7 @@ class Count(msgspec.Struct, frozen=True):
     byte_count: int
     calls: int
     runs: int
-    """Of neighbouring blocks, counted for each call."""
+    """Stretches of neighbouring blocks that were granted together, counted for each call."""
     verbs: dict[str, int]
     """WRITEs, FLUSHes and READs posted."""
     doorbells: int
@@ -148,7 +149,7 @@ async def _count(
     servers: _Servers,
     operation: str,
     path: str,
-    action: Callable[[StoreFile, bytes, int], Awaitable[None]],
+    action: Callable[[StoreFile, bytes, int], Awaitable[int]],
     content: bytes,
     call_bytes: int,
 ) -> Count:
@@ -156,7 +157,7 @@ async def _count(
     async with file:
         before, served_before = _total(store), await servers.counters()
         began = trio.current_time()
-        await action(file, content, call_bytes)
+        copied_bytes = await action(file, content, call_bytes)
         seconds = trio.current_time() - began
         served = await servers.counters() - served_before
         done = _total(store) - before
@@ -170,7 +171,7 @@ async def _count(
         doorbells=done["doorbells"],
         completions=done["completions"],
         wakeups=done["wakeups"],
-        copied_bytes=done["copied_bytes"],
+        copied_bytes=done["copied_bytes"] + copied_bytes,
         tcp_operations=done["tcp_operations"] + done["flush_requests"],
         server_requests=sum(served[name] for name in _SERVED),
         server_wakeups=served["wakeups"],
@@ -179,18 +180,25 @@ async def _count(
     )
 
 
-async def _write(file: StoreFile, content: bytes, call_bytes: int) -> None:
+async def _write(file: StoreFile, content: bytes, call_bytes: int) -> int:
+    """What was copied is the transport's to tell."""
     view = memoryview(content)
     for offset in range(0, len(view), call_bytes):
         await file.write(view[offset : offset + call_bytes])
     await file.sync()
+    return 0
 
 
-async def _read(file: StoreFile, content: bytes, call_bytes: int) -> None:
+async def _read(file: StoreFile, content: bytes, call_bytes: int) -> int:
+    """How much came in other memory than the device had put it into."""
+    copied_bytes = 0
     for offset in range(0, len(content), call_bytes):
         data = await file.file.read(offset, call_bytes)
         if data != content[offset : offset + call_bytes]:
             raise CrailError(f"read other bytes at {offset} than were written")
+        if not BufferPool.holds(data):
+            copied_bytes += len(data)
+    return copied_bytes
 
 
 def _runs(extents: Iterable[Extent], call_bytes: int, block_size_bytes: int) -> int:
@@ -201,7 +209,8 @@ def _runs(extents: Iterable[Extent], call_bytes: int, block_size_bytes: int) -> 
         place = extent.replicas[0]
         for index in range(extent.block_count):
             call = (extent.file_block + index) // call_blocks
-            by_call[call].append(Run(place.region, place.block + index, 1, 0))
+            run = Run(place.region, place.block + index, 1, place.generation)
+            by_call[call].append(run)
     return sum(len(merge_runs(runs)) for runs in by_call.values())
 
 

@@ -91,6 +91,11 @@ class BufferPool:
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
         return Lease(view, address, memory.registration.key)
 
+    @staticmethod
+    def holds(data: Buffer) -> bool:
+        """Whether ``data`` lies in memory of a pool: no processor has copied it out of there."""
+        return isinstance(getattr(memoryview(data).obj, "memory", None), _Memory)
+
     def _take_back(self) -> None:
         while self._returned:
             memory = self._returned.popleft()

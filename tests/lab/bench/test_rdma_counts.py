@@ -80,7 +80,9 @@ def test_reading_takes_reads_alone(tier: str, request: pytest.FixtureRequest) ->
     for count in reads(request.getfixturevalue(f"in_{tier}")):
         assert count.verbs["writes"] == count.verbs["flushes"] == 0, count
         assert count.verbs["reads"] <= count.runs, count
-        assert count.copied_bytes == 0, count
+        # What comes from two runs is laid together.
+        most = 0 if count.runs == count.calls else count.byte_count
+        assert count.copied_bytes <= most, count
 
 
 @pytest.mark.parametrize("tier", ["pmem", "memory"])
