@@ -52,9 +52,8 @@ async def open_offline(
     )
 
 
-async def check_headers(medium: Medium) -> int:
-    """Each block that is some file's by the region's own headers has the bytes of its checksum.
-    Returns how many there are."""
+async def stored_headers(medium: Medium) -> list[BlockHeader]:
+    """All of a region that keeps headers."""
     assert medium.headers is not None
     headers: list[BlockHeader] = []
     block = 0
@@ -62,6 +61,13 @@ async def check_headers(medium: Medium) -> int:
         page, block = await trio.to_thread.run_sync(medium.headers.read, block, HEADER_PAGE_MAX)
         headers += page
     assert len(headers) == medium.headers.held_blocks
+    return headers
+
+
+async def check_headers(medium: Medium) -> int:
+    """Each block that is some file's by the region's own headers has the bytes of its checksum.
+    Returns how many there are."""
+    headers = await stored_headers(medium)
     buffer = memoryview(bytearray(medium.superblock.block_size_bytes))
     for header in headers:
         stored = buffer[: header.stored_bytes]
