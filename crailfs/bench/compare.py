@@ -1,5 +1,5 @@
 """The comparison behind ``scripts/bench``: CrailFS, a C FUSE file system, tmpfs and the disk, all
-on this machine and in one run; then the store API, and what many files cost."""
+on this machine and in one run; then the store API, the media, and what many files cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from crailfs.bench import metadata, mount, store, workloads
+from crailfs.bench import metadata, mount, nvme, pmem, store, workloads
 from crailfs.bench.report import Report
 from crailfs.bench.workbench import Workbench, raise_on_signals
 from crailfs.errors import CrailError
@@ -94,6 +94,13 @@ def _compare(bench: Workbench, options: argparse.Namespace) -> bool:
         sizes=store.Sizes().scaled(options.scale),
     )
     _publish(store_report, options.output, "store")
+    # Rounds of half a second: many of them, for differences of a few percent.
+    pmem_report = pmem.measure(
+        round_count=3 * options.rounds, sizes=pmem.Sizes().scaled(options.scale)
+    )
+    _publish(pmem_report, options.output, "pmem")
+    nvme_report = nvme.measure(round_count=options.rounds, sizes=nvme.Sizes().scaled(options.scale))
+    _publish(nvme_report, options.output, "nvme")
     if options.files:
         _many_files(bench, options, first_start_seconds)
     return bool(report.failures or store_report.failures)
