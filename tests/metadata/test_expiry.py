@@ -256,6 +256,16 @@ def test_a_file_may_have_a_time_of_its_own(server: TimedServer, scratch: Scratch
     assert scratch.names(b"file", b"other", parent=ROOT_INODE) == [b"other"]
 
 
+def test_a_time_that_is_set_while_nothing_else_is_due(
+    server: TimedServer, scratch: Scratch
+) -> None:
+    file = scratch.file(b"file", ROOT_INODE)
+    server.expire()
+    scratch.set(file, b"1m")
+    server.leap(61)
+    assert scratch.names(b"file", parent=ROOT_INODE) == []
+
+
 def test_zero_or_removed_is_never(server: TimedServer, scratch: Scratch) -> None:
     zero, removed = scratch.file(b"zero"), scratch.file(b"removed")
     scratch.set(zero, b"0")

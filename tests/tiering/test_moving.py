@@ -10,9 +10,17 @@ import trio
 
 from crailfs.client.filesystem import FileSystem
 from crailfs.client.open_file import OpenFile
+from crailfs.errors import ChecksumError
 from crailfs.records import StorageClass, Tier
 from crailfs.units import MIB, ROOT_INODE
-from tests.client.helpers import DISK_ONLY, MEMORY_ONLY, content, create, eventually
+from tests.client.helpers import (
+    DISK_ONLY,
+    MEMORY_ONLY,
+    content,
+    create,
+    eventually,
+    overwrite_everywhere,
+)
 from tests.tiering.moving import (
     BLOCK,
     blocks_by_tier,
@@ -179,6 +187,27 @@ async def _rewrite(files: list[OpenFile]) -> None:
     for number, file in enumerate(files):
         await file.write(0, bytes_of(number + 1_000))
         await file.flush()
+
+
+async def test_bytes_that_are_not_what_was_written_are_not_moved(tmp_path: Path) -> None:
+    """Whoever reads the file hears of it; a move must not give them a good checksum."""
+    async with (
+        tiered_cluster(tmp_path) as cluster,
+        stepped_mover(cluster) as mover,
+        cluster.client() as client,
+    ):
+        files = await write_files(client, MEMORY_BLOCKS // FILE_BLOCKS - 1)
+        damaged = bytes_of(0)[: 2 * BLOCK]
+        assert overwrite_everywhere(cluster.memory_path, damaged, b"?" * len(damaged)) == 1
+        for _ in range(5):
+            await mover.step()
+        assert mover.counters["move_conflicts"] > 0
+        assert mover.counters["demoted_bytes"] > 0
+        assert await blocks_by_tier(client, files[0].ino) == {Tier.MEMORY: FILE_BLOCKS}
+        for number, file in enumerate(files[1:], 1):
+            assert await content(file) == bytes_of(number)
+        with pytest.raises(ChecksumError):
+            await content(files[0])
 
 
 async def test_a_file_that_is_removed_while_it_is_copied(tmp_path: Path) -> None:
