@@ -21,12 +21,12 @@ from storage_server.media.pmem import PmemMedium
 
 BLOCK = 4 * KIB
 CONFIG_BYTES = 6 * MIB
+SEGMENT_BYTES = 2 * MIB
 BLOCK_COUNT = CONFIG_BYTES // BLOCK
 RUN_BLOCKS_MAX = 70
 
 
 def open_region(path: Path, known: bytes | None = None) -> PmemMedium:
-    pmem_format.SEGMENT_BYTES = 2 * MIB  # type: ignore[misc]
     config = RegionConfig(tier=Tier.PMEM, path=path, size_bytes=CONFIG_BYTES)
     return PmemMedium.open(config, cluster_id=b"c" * 16, block_size_bytes=BLOCK, known_uuid=known)
 
@@ -86,6 +86,7 @@ class Batches:
 
 
 def main(path: Path, seed: int, transaction_headers: int) -> None:
+    pmem_format.SEGMENT_BYTES = SEGMENT_BYTES  # type: ignore[misc]
     pmem_headers.TRANSACTION_HEADERS_MAX = transaction_headers  # type: ignore[misc]
     medium = open_region(path)
     assert medium.blocks is not None

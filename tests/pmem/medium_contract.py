@@ -161,13 +161,14 @@ class MediumContract:
 
     def test_applying_again_changes_nothing(self, medium: PmemMedium) -> None:
         first = [change(1, [b"a" * BLOCK, b"a"]), change(9, [b"b"])]
+        second = [freed(9, 1), change(70, [b"c"])]
         medium.headers.apply(first, 4)
-        medium.headers.apply([freed(9, 1), change(70, [b"c"])], 6)
+        medium.headers.apply(second, 6)
         headers = all_headers(medium)
-        medium.headers.apply(first, 4)
-        medium.headers.apply([freed(9, 1), change(70, [b"c"])], 6)
-        assert all_headers(medium) == headers
-        assert (medium.headers.applied_sequence, medium.headers.held_blocks) == (6, 3)
+        for changes, last_sequence in ((second, 6), (first, 4)):
+            medium.headers.apply(changes, last_sequence)
+            assert all_headers(medium) == headers
+            assert (medium.headers.applied_sequence, medium.headers.held_blocks) == (6, 3)
 
     def test_a_batch_without_changes_moves_the_sequence(self, config: RegionConfig) -> None:
         medium = open_pmem(config)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from storage_server.media import pmem_format
 from storage_server.media.pmem import PmemMedium
-from tests.pmem.applying import BLOCK, Batches, open_region
+from tests.pmem.applying import BLOCK, SEGMENT_BYTES, Batches, open_region
 from tests.pmem.medium_contract import all_headers
 
 ROUNDS = int(os.environ.get("CRAIL_TEST_KILL_ROUNDS", "50")) // 4
@@ -25,11 +26,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("transaction_headers", [1024, 7])
 def test_every_header_is_that_of_its_block_after_any_crash(
-    directory: Path, transaction_headers: int
+    directory: Path, transaction_headers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With few headers in a transaction most batches take several: then a crash may leave a part of
     one batch, never anything else."""
     print(f"seed {SEED}, {ROUNDS} rounds")
+    monkeypatch.setattr(pmem_format, "SEGMENT_BYTES", SEGMENT_BYTES)
     choose = random.Random(SEED + transaction_headers)
     path = directory / "region"
     open_region(path).close()
