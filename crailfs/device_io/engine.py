@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
-from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
+from crailfs.device_io.ring import Ring
 from crailfs.device_io.threads import Threads
+from crailfs.device_io.uring import Uring
 
 log = logging.getLogger(__name__)
 
@@ -33,39 +33,18 @@ class Engine(Protocol):
         """Waits for what the kernel has under way; what threads have must have been drained."""
 
 
-_WHEEL_INSTRUCTIONS: Final = frozenset({"avx512f", "avx512vl"})
-"""liburing 2026.3.30 is compiled for these: without them the first call is a SIGILL."""
-
-
-def _lacking_instructions() -> frozenset[str]:
-    """Those of the wheel's that this processor does not have."""
-    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return _WHEEL_INSTRUCTIONS - frozenset(found[1].split() if found else ())
-
-
 @functools.cache
 def engine_name() -> str:
     """``io_uring`` or ``threads``: what this process uses. Logs once why not the first."""
     try:
-        if lacking := _lacking_instructions():
-            raise ImportError(f"its wheel is compiled for {', '.join(sorted(lacking))}")
-        from crailfs.device_io.ring import probe
-
-        probe()
-    except ImportError as error:
-        log.warning("direct I/O uses threads: there is no liburing here (%s)", error)
+        Uring(1).close()
     except OSError as error:
-        log.warning("direct I/O uses threads: the kernel allows no io_uring (%s)", error.strerror)
-    else:
-        return "io_uring"
-    return "threads"
+        log.warning("direct I/O uses threads: there is no io_uring here (%s)", error.strerror)
+        return "threads"
+    return "io_uring"
 
 
 def open_engine(life_line_fd: int = -1) -> Engine:
     """``life_line_fd``: a descriptor whose file stays open, with its locks, until the last request
     has ended even if the process is killed meanwhile. -1: none."""
-    if engine_name() == "threads":
-        return Threads()
-    from crailfs.device_io.ring import Ring
-
-    return Ring(life_line_fd)
+    return Threads() if engine_name() == "threads" else Ring(life_line_fd)

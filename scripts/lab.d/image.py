@@ -53,7 +53,7 @@ PACKAGES = (
     "rdma-core",
     "util-linux",
 )
-LOCKED = ("lmdb", "xxhash", "liburing")
+LOCKED = ("lmdb", "xxhash")
 """What Debian 13 lacks or has older than pyproject.toml asks for: wheels of requirements.lock."""
 MODULES = (
     "virtio_blk",

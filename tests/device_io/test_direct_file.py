@@ -238,15 +238,15 @@ def test_buffers_are_used_again_when_the_last_view_is_dropped() -> None:
 def test_a_host_without_io_uring_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def forbidden() -> None:
+    def forbidden(_: int) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     engine.engine_name.cache_clear()
-    monkeypatch.setattr("crailfs.device_io.ring.probe", forbidden)
+    monkeypatch.setattr(engine, "Uring", forbidden)
     try:
         assert engine_name() == engine_name() == "threads"
         assert isinstance(engine.open_engine(), Threads)
-        assert caplog.text.count("allows no io_uring (Operation not permitted)") == 1
+        assert caplog.text.count("there is no io_uring here (Operation not permitted)") == 1
     finally:
         engine.engine_name.cache_clear()
 
