@@ -21,6 +21,7 @@ from crailfs.wire.messages import Move, Moves, NextMoves
 from metadata_server import extents, region_use, schema
 from metadata_server.context import Context
 from metadata_server.heat import Heat
+from metadata_server.ops.register_storage import ID_BYTES
 from metadata_server.region_use import TierUse
 from metadata_server.schema import StoredRegion
 from metadata_server.txn import Txn
@@ -90,7 +91,8 @@ class Planner:
 
     def next_moves(self, txn: Txn, request: NextMoves, context: Context) -> Moves:
         """Raises ``InvalidError`` for a server that is not one of the cluster."""
-        if txn.get(schema.SERVERS, request.server_id) is None:
+        is_id = len(request.server_id) == ID_BYTES
+        if not is_id or txn.get(schema.SERVERS, request.server_id) is None:
             raise InvalidError(f"storage server {request.server_id.hex()} is not registered")
         if request.move_limit < 1:
             raise InvalidError(f"{request.move_limit} moves: at least one must be asked for")

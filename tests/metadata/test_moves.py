@@ -288,6 +288,12 @@ def test_a_slower_tier_is_not_filled_beyond_its_own_high_water_mark(tiers: Tiers
     assert not tiers.next_moves().more
 
 
+@pytest.mark.parametrize("server_id", [b"", b"x" * 16, b"x" * 600])
+def test_only_servers_of_the_cluster_are_told(tiers: Tiers, server_id: bytes) -> None:
+    with pytest.raises(InvalidError):
+        tiers.next_moves(server_id)
+
+
 def test_what_goes_down_is_urgent_when_the_tier_is_nearly_full(tiers: Tiers) -> None:
     tiers.file(1, 94, Tier.MEMORY)
     tiers.pass_time(1_000)
