@@ -6,6 +6,7 @@ kept in a cache directory named after the recipe's hash. The image never holds t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import lzma
@@ -16,11 +17,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from processes import dies_with_us
+from tools import Unavailable, ensure_tools
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GUEST = Path(__file__).resolve().parent / "guest"
@@ -73,6 +76,7 @@ MODULES = (
 )
 """Loaded by the initrd, with what they depend on; anything else loads on demand."""
 BUILD_LIMIT_S = 1200
+UNUSED_LIMIT_S = 7 * 86400
 _WHEEL_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -156,8 +160,10 @@ def ensure(*, rebuild: bool = False) -> Image:
     """The image of today's recipe, made now if it is not there (two minutes).
 
     Raises:
+        Unavailable: this host cannot make or run it.
         SystemExit: it could not be made; the log's end has been shown.
     """
+    ensure_tools()
     cache().mkdir(parents=True, exist_ok=True)
     target = cache() / recipe_hash()
     with open(cache() / f"{target.name}.lock", "w") as lock:
@@ -165,7 +171,12 @@ def ensure(*, rebuild: bool = False) -> Image:
         if rebuild:
             shutil.rmtree(target, ignore_errors=True)
         if not target.exists():
-            building = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=cache()))
+            if os.geteuid() != 0:
+                raise Unavailable("the guests' image is not there, and making it needs root")
+            # What a build that was killed has left.
+            for stale in cache().glob(f"{target.name}.build-*"):
+                shutil.rmtree(stale)
+            building = Path(tempfile.mkdtemp(prefix=f"{target.name}.build-", dir=cache()))
             try:
                 _build(building)
                 building.chmod(0o755)
@@ -173,7 +184,17 @@ def ensure(*, rebuild: bool = False) -> Image:
             except BaseException:
                 shutil.rmtree(building, ignore_errors=True)
                 raise
+            _forget_old()
+        with contextlib.suppress(PermissionError):
+            os.utime(target)
     return Image(target)
+
+
+def _forget_old() -> None:
+    """Removes images, and copies of the checkout for them, that nobody has used for a week."""
+    for path in cache().iterdir():
+        if path.is_dir() and time.time() - path.stat().st_mtime > UNUSED_LIMIT_S:
+            shutil.rmtree(path)
 
 
 def _run(argv: list[str], log: Path, env: dict[str, str] | None = None) -> None:

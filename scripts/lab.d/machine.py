@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ from processes import dies_with_us
 BOOT_LIMIT_S = 180
 """An idle machine takes about 10 s, one that does much else several times that."""
 CONSOLE_TAIL_LINES = 40
+CONSOLE_SEARCHED_LINES = 200
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,18 @@ class Machine:
 
 
 def console_tail(directory: Path) -> str:
-    """The end of what the guest in ``directory`` wrote to its console."""
+    """The end of what the guest in ``directory`` wrote to its console.
+
+    Where the kernel gave up, from there on: a call trace is longer than the tail.
+    """
     path = directory / "console.log"
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return "\n".join(text.splitlines()[-CONSOLE_TAIL_LINES:])
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    begin = max(0, len(lines) - CONSOLE_TAIL_LINES)
+    for index in range(max(0, len(lines) - CONSOLE_SEARCHED_LINES), begin):
+        if re.search(r"Kernel panic|BUG:|Oops", lines[index]):
+            begin = index
+            break
+    return "\n".join(lines[begin:])
 
 
 def two_ends() -> tuple[socket.socket, socket.socket]:

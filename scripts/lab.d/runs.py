@@ -30,6 +30,7 @@ class Run:
 
     name: str
     guests: int
+    """1 or 2; 0 in the plan: pytest runs on the host, to test this harness itself."""
     arguments: Sequence[str]
     limit_s: float
     fsdax: bool = False

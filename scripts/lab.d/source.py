@@ -27,6 +27,7 @@ def make_disk(image: Image, disk: Path) -> None:
     with open(cache() / "source.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _update(staging)
+        os.utime(staging)
         _compile(image, staging)
         subprocess.run(
             ["mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-d", str(staging), str(disk), "128M"],

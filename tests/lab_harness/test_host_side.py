@@ -1,0 +1,99 @@
+"""The parts of scripts/lab that need no guest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAB = ROOT / "scripts/lab.d"
+CONSENT = "i_know_that_these_devices_are_overwritten = true\n"
+
+
+def lab(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(LAB), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_real_devices_need_a_consent(tmp_path: Path) -> None:
+    file = tmp_path / "lab.toml"
+    file.write_text('nvme = "/dev/null"\n')
+    done = lab("--host", str(file), "exec", "--", "true")
+    assert done.returncode == 1
+    assert "overwrite" in done.stderr
+    assert CONSENT.strip() in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('nvm = "/dev/null"', "nvm"),
+        ('nvme = "/dev/no-such"', "/dev/no-such does not exist"),
+        ("nvme = 1", "must be a string"),
+        ("nvme = ", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused(tmp_path: Path, line: str, told: str) -> None:
+    file = tmp_path / "lab.toml"
+    file.write_text(f"{CONSENT}{line}\n")
+    done = lab("--host", str(file), "exec", "--", "true")
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_real_devices_reach_the_tests_and_the_report_comes_back(tmp_path: Path) -> None:
+    file = tmp_path / "lab.toml"
+    agent = f"{sys.executable} {LAB / 'guest/agent.py'} --stdio"
+    file.write_text(f'{CONSENT}peer = "127.0.0.1"\npeer_agent = "{agent}"\naddress = "10.0.0.1"\n')
+    probe = tmp_path / "tests" / "test_probe.py"
+    probe.parent.mkdir()
+    # The lab's own fixtures, in a test outside of the checkout.
+    probe.write_text(
+        "from tests.lab.conftest import address, devdax, peer\n"
+        "def test_peer(peer): assert peer.run(['echo', 'there']) == 'there\\n'\n"
+        "def test_address(address): assert address == '10.0.0.1'\n"
+        "def test_devdax(devdax): assert False, 'there is none'\n"
+    )
+    results = tmp_path / "results"
+    done = lab("--host", str(file), "run", "--results", str(results), "--", "-q", str(probe))
+    assert done.returncode == 0, done.stdout + done.stderr
+    suite = ElementTree.parse(results / "run.xml").getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("3", "0", "1")
+
+
+def test_a_run_on_real_devices_that_hangs_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "lab.toml"
+    file.write_text(CONSENT)
+    arguments = ["--results", str(tmp_path), "--limit", "0.5", "--", "sleep", "1000"]
+    done = lab("--host", str(file), "exec", *arguments)
+    assert done.returncode == 1
+    failure = ElementTree.parse(tmp_path / "exec.xml").getroot().find(".//failure")
+    assert failure is not None
+    assert "not done within" in str(failure.get("message"))
+
+
+def test_every_path_of_the_plan_exists() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(LAB)!r})\n"
+        "import plan\n"
+        "for run in plan.read(0).runs:\n"
+        "    for path in run.arguments[1:]:\n"
+        "        print(path)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    )
+    paths = done.stdout.split()
+    assert paths
+    assert [path for path in paths if not (ROOT / path.partition("::")[0]).exists()] == []
