@@ -74,7 +74,7 @@ class QueuePairs:
 
     def register(self, region: Region) -> None:
         """Let clients reach this region from now on. Pins its memory, all of which must be there,
-        and holds the interpreter's lock: up to 0.3 ms/MiB. Raises ``UnavailableError`` for memory
+        and holds the interpreter's lock: 0.1 ms/MiB. Raises ``UnavailableError`` for memory
         that the device does not reach, such as that of files on DAX file systems."""
         blocks = region.medium.blocks
         if blocks is None:

@@ -41,19 +41,20 @@ class Lease(NamedTuple):
 
 
 class _Memory:
-    def __init__(self, size_bytes: int, register: Callable[[int, int], Registration]) -> None:
+    def __init__(self, pool: BufferPool, size_bytes: int) -> None:
+        self.pool = weakref.ref(pool)
         self.size_bytes = size_bytes
         self.mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # A child process has no use for it, and must not make the kernel copy pages in use here.
         self.mapping.madvise(mmap.MADV_DONTFORK)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
-        self.registration = register(self.address, size_bytes)
+        self.registration = pool.register(self.address, size_bytes)
 
 
 class BufferPool:
     def __init__(self, register: Callable[[int, int], Registration]) -> None:
         """``register(address, byte_count)``; what it raises, ``take`` does."""
-        self._register = register
+        self.register = register
         self._free: dict[int, list[_Memory]] = {}
         self._returned: collections.deque[_Memory] = collections.deque()
         """Filled by whichever thread drops a last view; emptied only by the pool's own."""
@@ -74,7 +75,7 @@ class BufferPool:
             if free is not None:
                 # The size that was missing last is the last to be given up.
                 self._free[size_bytes] = self._free.pop(size_bytes)
-            memory = _Memory(size_bytes, self._register)
+            memory = _Memory(self, size_bytes)
             self.registrations += 1
         use = _use_type(size_bytes).from_buffer(memory.mapping)
         use.memory = memory
@@ -86,7 +87,7 @@ class BufferPool:
         """``data``'s own memory, if it came from ``take``."""
         view = memoryview(data)
         memory = getattr(view.obj, "memory", None)
-        if not isinstance(memory, _Memory) or view.readonly:
+        if not isinstance(memory, _Memory) or memory.pool() is not self or view.readonly:
             return None
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
         return Lease(view, address, memory.registration.key)

@@ -44,7 +44,7 @@ from crailfs.wire.messages import (
 log = logging.getLogger(__name__)
 
 PIECE_BYTES: Final = 8 * MIB
-"""In one work request: an extent of 128 blocks of 64 KiB, and what soft-RoCE takes at most."""
+"""In one work request: an extent of 128 blocks of 64 KiB, the usual size of blocks."""
 RETRY_RDMA_AFTER_S: Final = 5.0
 """How long TCP is used after a queue pair could not be had."""
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import random
-import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +20,13 @@ from crailfs.transports.rdma import RdmaTransport
 from crailfs.units import MIB
 from crailfs.wire.messages import FlushRung
 from tests.lab.peer import Peer
+from tests.lab.rdma.load import Load, Outage, content
 from tests.lab.rdma.two_hosts import TOO_NEAR, TwoHosts, two_hosts
 from tests.model.machine import FileSystemModel
 
 SEED = int(os.environ.get("CRAIL_TEST_SEED", "20261120"))
 EXAMPLES = int(os.environ.get("CRAIL_TEST_LAB_MODEL_EXAMPLES", "8"))
 STEPS = 50
-LARGE_BYTES = 256 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -45,50 +41,10 @@ def cluster(peer: Peer, rdma_device: str, devdax: Path) -> Iterator[TwoHosts]:
             yield running
 
 
-def content(seed: int, byte_count: int) -> bytes:
-    """Different everywhere, and cheap to make."""
-    block = random.Random(seed).randbytes(MIB)
-    pieces = [block[at % MIB :] + block[: at % MIB] for at in range(0, byte_count, MIB)]
-    stamped = (at.to_bytes(8) + piece[8:] for at, piece in enumerate(pieces))
-    return b"".join(stamped)[:byte_count]
-
-
-@pytest.mark.timeout(400)
-def test_a_file_of_256_mb_is_written_by_rdma_and_good_in_persistent_memory(
-    cluster: TwoHosts, tmp_path: Path
-) -> None:
-    before = cluster.storage_status().counters
-    digest = hashlib.sha256()
-    with cluster.mount(tmp_path / "mnt", "rdma"):
-        path = tmp_path / "mnt" / "large"
-        with path.open("wb", buffering=0) as file:
-            for at in range(0, LARGE_BYTES, 8 * MIB):
-                piece = content(at, 8 * MIB)
-                digest.update(piece)
-                file.write(piece)
-            os.fsync(file.fileno())
-        status = cluster.storage_status()
-        assert status.counters.get("writes", 0) == before.get("writes", 0)
-        assert status.counters.get("flushes", 0) == before.get("flushes", 0)
-        assert [client.rung for client in status.clients if client.transport == "rdma"] == [
-            FlushRung.RDMA_FLUSH
-        ]
-    # The peer maps the persistent memory itself.
-    cluster.crail_there("fsck", "--data", timeout_s=200)
-    with cluster.mount(tmp_path / "mnt", "rdma"):
-        path = tmp_path / "mnt" / "large"
-        found = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while piece := file.read(8 * MIB):
-                found.update(piece)
-        assert found.digest() == digest.digest()
-        path.unlink()
-    assert cluster.storage_status().counters.get("reads", 0) == before.get("reads", 0)
-
-
 @pytest.mark.timeout(500)
 def test_the_mount_behaves_as_a_local_file_system(cluster: TwoHosts) -> None:
     print(f"seed {SEED}, {EXAMPLES} examples of up to {STEPS} steps")
+    before = cluster.storage_status().counters
     base = Path(tempfile.mkdtemp(prefix="crailfs-model-"))
     base.chmod(0o755)
     (base / "mnt").mkdir()
@@ -115,6 +71,10 @@ def test_the_mount_behaves_as_a_local_file_system(cluster: TwoHosts) -> None:
                 suppress_health_check=list(HealthCheck),
             ),
         )
+        status = cluster.storage_status()
+        assert [client.rung for client in status.clients] == [FlushRung.RDMA_FLUSH]
+        for counter in ("writes", "reads", "flushes", "range_flushes"):
+            assert status.counters.get(counter, 0) == before.get(counter, 0), "the server took part"
 
 
 @pytest.mark.timeout(200)
@@ -140,7 +100,10 @@ async def test_what_a_mib_costs(cluster: TwoHosts, out: Path) -> None:
                 for at in range(0, len(data), MIB):
                     assert bytes(await file.read(MIB)) == data[at : at + MIB]
 
-        for name, work in (("written", write), ("read", read)):
+        async def idle() -> None:
+            await trio.sleep(5)
+
+        for name, work in (("written", write), ("read", read), ("idle", idle)):
             counters.clear()
             before = server_use(cluster.peer, pid)
             await work()
@@ -166,84 +129,6 @@ def server_use(peer: Peer, pid: int) -> dict[str, float]:
     return {"wakeups": wakeups, "cpu_ticks": ticks, "at_s": round(time.monotonic(), 1)}
 
 
-class Outage:
-    """Something about the network that is wrong inside the block."""
-
-    def __init__(self, nic: str) -> None:
-        self.nic = nic
-
-    @contextlib.contextmanager
-    def link_down(self) -> Iterator[None]:
-        run("ip", "link", "set", self.nic, "down")
-        try:
-            yield
-        finally:
-            run("ip", "link", "set", self.nic, "up")
-
-    @contextlib.contextmanager
-    def without_rdma(self) -> Iterator[None]:
-        """RoCE v2's packets (UDP port 4791) are dropped, all others pass."""
-        run("tc", "qdisc", "add", "dev", self.nic, "clsact")
-        try:
-            match = "match ip protocol 17 0xff match ip dport 4791 0xffff action drop"
-            command = f"tc filter add dev {self.nic} egress protocol ip u32 {match}"
-            run(*command.split())
-            yield
-        finally:
-            run("tc", "qdisc", "del", "dev", self.nic, "clsact")
-
-
-def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    assert done.returncode == 0, done.stderr
-
-
-class Load:
-    """Writes files one after the other, and reads each back, in a thread of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.done = 0
-        self.longest_s = 0.0
-        self.failure: BaseException | None = None
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Load:
-        self.directory.mkdir()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._thread.join(120)
-
-    def wait_for(self, count: int, timeout_s: float = 90) -> None:
-        deadline_s = time.monotonic() + timeout_s
-        while self.done < count and self.failure is None:
-            assert time.monotonic() < deadline_s, f"stuck after {self.done} files"
-            time.sleep(0.05)
-        assert self.failure is None, self.failure
-
-    def check(self) -> None:
-        """Every file has what was written to it."""
-        assert self.failure is None, self.failure
-        for index in range(self.done):
-            assert (self.directory / str(index)).read_bytes() == content(index, MIB), index
-
-    def _run(self) -> None:
-        try:
-            while not self._ending.is_set():
-                started_s = time.monotonic()
-                with (self.directory / str(self.done)).open("wb", buffering=0) as file:
-                    file.write(content(self.done, MIB))
-                    os.fsync(file.fileno())
-                self.longest_s = max(self.longest_s, time.monotonic() - started_s)
-                self.done += 1
-        except BaseException as error:
-            self.failure = error
-
-
 @pytest.mark.timeout(300)
 def test_without_rdma_packets_tcp_takes_over_and_later_rdma_again(
     cluster: TwoHosts, tmp_path: Path, nic: str
@@ -259,7 +144,7 @@ def test_without_rdma_packets_tcp_takes_over_and_later_rdma_again(
             load.wait_for(reached + 4)
             during = cluster.storage_status()
             assert during.counters["writes"] > before.get("writes", 0), "they came over TCP"
-        print(f"longest write {load.longest_s:.1f} s")
+        print(f"{load}")
         # Noticed within 5 s, a new queue pair found to be no better within 5 s, and then TCP.
         assert load.longest_s < 15
         deadline_s = time.monotonic() + 30
@@ -283,7 +168,7 @@ def test_a_link_that_goes_down_and_up_loses_nothing(
             time.sleep(4)  # the outage itself
         reached = load.done
         load.wait_for(reached + 4)
-        print(f"longest write {load.longest_s:.1f} s")
+        print(f"{load}")
         load.check()
     cluster.audit()
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import trio
@@ -67,20 +66,48 @@ with open(f"{state}/crail.toml", "w") as file:
 
 
 class TwoHosts:
-    def __init__(self, peer: Peer, directory: Path, storage: PeerProcess) -> None:
+    def __init__(self, peer: Peer, directory: Path) -> None:
         self.peer = peer
         self.directory = directory
-        self.storage = storage
         self.configuration = directory / "crail.toml"
+        self.running: dict[str, PeerProcess] = {}
+        """The peer's servers, by name: ``metadata``, ``storage``."""
+
+    @property
+    def storage(self) -> PeerProcess:
+        return self.running["storage"]
+
+    def start(self, name: str, *settings: str) -> None:
+        """Start a server and wait until it is ready; ``settings`` are ``section.key=value``."""
+        command = [*CRAIL, name, "--config", f"{STATE}/crail.toml", "--ready-fd", "1"]
+        for setting in settings:
+            command += ["--set", setting]
+        process = self.running[name] = self.peer.start(command)
+        process.wait_for('"ready"', timeout_s=90)
+
+    def stop(self, name: str) -> None:
+        with self.running.pop(name) as process:
+            process.signal(signal.SIGTERM)
+            assert process.wait(60) == 0, process.output()[-3000:]
+
+    def kill(self, name: str) -> None:
+        with self.running.pop(name) as process:
+            process.kill()
+            process.wait(60)
 
     def client_config(self, *transports: str) -> ClientConfig:
         names = ",".join(transports)
         return Settings.load(self.configuration, [f"client.transports={names}"]).client()
 
     @contextlib.contextmanager
-    def mount(self, mountpoint: Path, *transports: str) -> Iterator[ServerProcess]:
+    def mount(
+        self, mountpoint: Path, *transports: str, settings: Sequence[str] = ()
+    ) -> Iterator[ServerProcess]:
+        """``settings`` are ``section.key=value``."""
         names = ",".join(transports)
-        options = ("--config", str(self.configuration), "--set", f"client.transports={names}")
+        options = ["--config", str(self.configuration)]
+        for setting in (f"client.transports={names}", *settings):
+            options += ["--set", setting]
         with mounted(mountpoint, options, self.directory / f"{mountpoint.name}.log") as process:
             yield process
 
@@ -92,8 +119,8 @@ class TwoHosts:
         assert isinstance(reply, StorageStatusReply)
         return reply
 
-    def audit(self) -> None:
-        """The metadata server finds nothing wrong in its tables."""
+    def audit(self) -> dict[str, int]:
+        """The metadata server finds nothing wrong in its tables. Returns what it counted."""
 
         async def ask() -> object:
             return await self._ask(METADATA_PORT, Opcode.AUDIT, Audit())
@@ -101,6 +128,7 @@ class TwoHosts:
         reply = trio.run(ask)
         assert isinstance(reply, AuditReply)
         assert reply.findings == ()
+        return reply.counts
 
     async def _ask(self, port: int, opcode: Opcode, request: object) -> object:
         credentials = self.client_config("tcp").credentials
@@ -131,18 +159,14 @@ def two_hosts(peer: Peer, directory: Path, devdax: Path) -> Iterator[TwoHosts]:
     (directory / "secret").write_text(secret)
     (directory / "crail.toml").write_text(configuration(directory))
     peer.python(_INSTALL, STATE, secret, configuration(STATE))
-    options = ("--config", f"{STATE}/crail.toml", "--ready-fd", "1")
-    with (
-        peer.start([*CRAIL, "metadata", *options]) as metadata,
-        peer.start([*CRAIL, "storage", *options]) as storage,
-    ):
-        metadata.wait_for('"ready"', timeout_s=90)
-        storage.wait_for('"ready"', timeout_s=90)
-        try:
-            yield TwoHosts(peer, directory, storage)
-        except BaseException:
-            print(json.dumps([metadata.output()[-3000:], storage.output()[-3000:]], indent=1))
-            raise
-        for process in (storage, metadata):
-            process.signal(signal.SIGTERM)
-            assert process.wait(60) == 0, process.output()[-3000:]
+    hosts = TwoHosts(peer, directory)
+    try:
+        for name in ("metadata", "storage"):
+            hosts.start(name)
+        yield hosts
+        for name in ("storage", "metadata"):
+            hosts.stop(name)
+    finally:
+        for name in [*hosts.running]:
+            print(f"{name}: {hosts.running[name].output()[-3000:]}")
+            hosts.kill(name)
