@@ -225,16 +225,18 @@ class _Audit:
     def _check_header_log(self) -> None:
         """I10."""
         next_sequence = self._txn.state(b"next_header_change")
-        kept = {
-            schema.unpack_region(key): schema.decode_region(value).info.keeps_headers
+        infos = {
+            schema.unpack_region(key): schema.decode_region(value).info
             for key, value in self._txn.scan(schema.REGIONS)
         }
         for key, value in self._txn.scan(schema.HEADER_LOG):
             region, sequence = schema.unpack_region_block(key)
             self._counts["header_changes"] += 1
-            if not kept.get(region) or schema.decode_header_change(value).region != region:
+            change, info = schema.decode_header_change(value), infos.get(region)
+            settles = info is not None and info.durable and not change.ino
+            if info is None or change.region != region or not (info.keeps_headers or settles):
                 self._find(
-                    f"header change {sequence} is of region {region}, which keeps no headers"
+                    f"header change {sequence} is of region {region}, which has no use for it"
                 )
             if sequence >= next_sequence:
                 self._find(f"header change {sequence} is not below next_header_change")
@@ -269,8 +271,8 @@ class _Audit:
             if (usage.free_blocks, usage.reclaim_blocks, usage.clearing_blocks) != counted:
                 self._find(
                     f"region {region}: usage says {usage.free_blocks} free, "
-                    f"{usage.reclaim_blocks} to reclaim and {usage.clearing_blocks} to clear, there "
-                    f"are {counted[0]}, {counted[1]} and {counted[2]}"
+                    f"{usage.reclaim_blocks} to reclaim and {usage.clearing_blocks} to clear, "
+                    f"there are {counted[0]}, {counted[1]} and {counted[2]}"
                 )
             if usage.high_water_blocks < high_water[region]:
                 self._find(

@@ -27,6 +27,9 @@ class Context:
     """The *other* clients that hold a lease on an inode."""
     header_regions: frozenset[int] = frozenset()
     """The regions that keep headers: their ``header_log`` has to be told of what happens there."""
+    settling_regions: frozenset[int] = frozenset()
+    """Those whose bytes outlive a power cut, without headers: what leaves a file there is free only
+    when the journal is synced, since a power cut could give it back to the file."""
     synced_header_changes: int = (1 << 64) - 1
     """Header changes with sequences below this outlive a power cut."""
     invalidations: list[Invalidation] = field(default_factory=list)

@@ -26,7 +26,7 @@ from crailfs.limits import (
 )
 from crailfs.records import Record
 from crailfs.wire.messages import OPERATIONS, AuditReply, Invalidation, Message, Opcode
-from metadata_server import audit, schema
+from metadata_server import audit, schema, space
 from metadata_server.context import Context
 from metadata_server.ops import RUN
 from metadata_server.state_directory import StateDirectory, apply_journal
@@ -74,7 +74,7 @@ class Driver:
         self.cluster_id: bytes = self._txn.state(b"cluster_id")
         self.block_size_bytes: int = self._txn.state(b"block_size_bytes")
         self.epoch: int = self._txn.state(b"epoch")
-        self._header_regions = self._find_header_regions()
+        self._find_regions()
         self.synced_header_changes = self.next_header_change
         """Those below it outlive a power cut: the state is recovered, committed and synced."""
         self.was_clean = state.was_clean
@@ -114,7 +114,7 @@ class Driver:
                     return Outcome(_decode_reply(stored, opcode, request_id))
             reply = RUN[opcode](txn, request, context)
             if opcode is Opcode.REGISTER_STORAGE:
-                self._header_regions = self._find_header_regions()
+                self._find_regions()
             if remembered:
                 self._remember(client_id, request_id, opcode, reply)
         except CrailError as error:
@@ -164,12 +164,22 @@ class Driver:
         """How many changes the regions' headers have yet to follow."""
         return self._txn.row_count(schema.HEADER_LOG)
 
-    def _find_header_regions(self) -> frozenset[int]:
-        rows = self._txn.scan(schema.REGIONS)
-        return frozenset(
-            schema.unpack_region(key)
-            for key, value in rows
-            if schema.decode_region(value).info.keeps_headers
+    def free_settled(self) -> None:
+        """What left files in durable regions without headers, in changes that are synced by now,
+        becomes free."""
+        through = self.synced_header_changes - 1
+        self.run(lambda txn, _: space.free_cleared(txn, self._settling_regions, through))
+
+    def _find_regions(self) -> None:
+        stored = {
+            schema.unpack_region(key): schema.decode_region(value).info
+            for key, value in self._txn.scan(schema.REGIONS)
+        }
+        self._header_regions = frozenset(
+            region for region, info in stored.items() if info.keeps_headers
+        )
+        self._settling_regions = frozenset(
+            region for region, info in stored.items() if info.durable and not info.keeps_headers
         )
 
     def _context_for(self, client_id: int) -> Context:
@@ -179,6 +189,7 @@ class Driver:
             self.block_size_bytes,
             partial(self._holders, client_id),
             self._header_regions,
+            self._settling_regions,
             self.synced_header_changes,
         )
 

@@ -40,7 +40,8 @@ Invariants
     I8  Every grant's client is in ``sessions``.
     I9  A region's ``usage`` row says what its ``free`` and ``reclaim`` rows and the blocks that
         wait in ``header_log`` add up to. Kept by ``space.py``.
-    I10 ``header_log`` has rows only of regions that keep headers, with sequences below
+    I10 ``header_log`` has rows only of regions that keep headers and, for blocks that are nobody's
+        and wait for the journal's sync, of other durable ones, with sequences below
         ``next_header_change``; nothing is granted in an unclaimed region, and no file has blocks
         there but those that a salvage found.
 """

@@ -142,7 +142,10 @@ def _out_of_space(
         if region in live and schema.decode_granted(value).client == NOBODY:
             return TryAgainError(f"blocks of class {storage_class} are being reclaimed")
     if any(r.grantable and r.usage.clearing_blocks for r in regions):
-        return TryAgainError(f"the headers of blocks of class {storage_class} are being cleared")
+        return TryAgainError(
+            f"blocks of class {storage_class} come free: they wait until the journal is synced and "
+            "their headers, if they have such, are being cleared"
+        )
     if any(r.grantable and r.grows(context.now_ns) for r in regions):
         return TryAgainError(f"memory of class {storage_class} is being provisioned")
     return NoSpaceError(
@@ -285,9 +288,10 @@ def _clear(txn: Txn, context: Context, ino: int, first_block: int, end_block: in
 
 
 def _let_go(txn: Txn, context: Context, spans: list[Span]) -> None:
-    """No file shows the blocks and no client trusts that one does: they become free, where headers
-    are kept after those say so too. So no header names a block that somebody else writes to."""
-    regions = context.header_regions
+    """No file shows the blocks and no client trusts that one does: they become free, in memory at
+    once. Where headers are kept, after those say so too: no header names a block that somebody else
+    writes to. On other durable media, when a power cut cannot give them back to their file."""
+    regions = context.header_regions | context.settling_regions
     if regions:
         header_log.clear(txn, [span for span in spans if span.region in regions])
         spans = [span for span in spans if span.region not in regions]

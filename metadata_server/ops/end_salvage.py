@@ -17,6 +17,8 @@ def run(txn: Txn, request: EndSalvage, context: Context) -> Empty:
     TryAgainError: not all of a region's blocks are served yet.
     """
     for region in request.regions:
+        if not 0 <= region < space.REGION_ID_END:
+            raise InvalidError(f"no region has the id {region}")
         key = schema.region_key(region)
         value = txn.get(schema.REGIONS, key)
         stored = None if value is None else schema.decode_region(value)

@@ -191,9 +191,10 @@ class NameSpace:
 
     # --- data -----------------------------------------------------------------------------------
 
-    def add_storage(self, block_count: int = 1024) -> None:
-        """A storage server with one region of memory, and this client's session."""
-        region = RegionInfo(b"r" * 16, Tier.MEMORY, BLOCK_SIZE_BYTES, block_count, False, "memory")
+    def add_storage(self, block_count: int = 1024, tier: Tier = Tier.MEMORY) -> None:
+        """A storage server with one region of memory or disk, and this client's session."""
+        durable = tier is Tier.DISK
+        region = RegionInfo(b"r" * 16, tier, BLOCK_SIZE_BYTES, block_count, durable, tier.name)
         server = StorageServerInfo(SERVER_ID, "host", "", "", "", 0, "boot")
         ids = self.do(Opcode.REGISTER_STORAGE, RegisterStorage(server, (region,))).region_ids
         states = tuple(RegionState(region_id, block_count, ()) for region_id in ids)

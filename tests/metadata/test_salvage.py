@@ -147,6 +147,8 @@ def test_released_regions_take_no_more_files(lost: Salvaged) -> None:
         lost.salvage(40, 4096, extent(lost.region, 5))
     with pytest.raises(InvalidError, match="no region 99"):
         lost.do(Opcode.END_SALVAGE, EndSalvage((99,)))
+    with pytest.raises(InvalidError):
+        lost.do(Opcode.END_SALVAGE, EndSalvage((1 << 32,)))
 
 
 def test_only_operators_salvage(server: Server) -> None:

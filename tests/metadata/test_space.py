@@ -288,3 +288,32 @@ def test_blocks_that_wait_for_reclaim_count_as_free_and_are_waited_for(space: Na
         lambda txn, context: free_reclaimed(txn, context, 0, txn.state(b"next_reclaim"))
     )
     assert sum(run.block_count for run in grant(space, 30)) == 30
+
+
+def test_a_disk_block_is_not_used_again_while_a_power_cut_could_give_it_back(
+    space: NameSpace,
+) -> None:
+    space.add_storage(4, Tier.DISK)
+    ino = space.create(b"file").ino
+    space.write(ino, 4 * BLOCK_SIZE_BYTES)
+    space.remove(b"file", not_open=ino)
+    other = space.create(b"other").ino
+    space.driver.free_settled()
+    with pytest.raises(TryAgainError, match="until the journal is synced"):
+        space.write(other, 1)
+    space.assert_sound()
+    space.driver.sync_journal()
+    space.driver.synced_header_changes = space.driver.next_header_change
+    space.driver.free_settled()
+    space.write(other, 4 * BLOCK_SIZE_BYTES)
+
+
+def test_what_waits_for_a_sync_is_free_after_a_restart(space: NameSpace) -> None:
+    space.add_storage(4, Tier.DISK)
+    ino = space.create(b"file").ino
+    space.write(ino, 4 * BLOCK_SIZE_BYTES)
+    space.remove(b"file", not_open=ino)
+    space.reopen()
+    space.driver.free_settled()
+    space.assert_sound()
+    assert space.free_blocks == 4
