@@ -1,0 +1,1 @@
+"""What runs in a guest whose mains fail again and again."""
