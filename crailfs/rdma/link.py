@@ -38,6 +38,10 @@ SILENCE_S: Final = 5.0
 noticed sooner: see ``queue_pair.ACK_TIMEOUT``."""
 
 
+_abandoned: Final[list[object]] = []
+"""What devices did not let go of."""
+
+
 class Kind(enum.Enum):
     WRITE = "writes"
     READ = "reads"
@@ -125,7 +129,11 @@ class Link:
     def discard(self, reason: str) -> None:
         """``fail``, for a link that is not run (any more)."""
         self.fail(reason)
-        self._completions.close()
+        try:
+            with plain_errors("closing a completion queue"):
+                self._completions.close()
+        except UnavailableError as error:
+            log.error("%s", error.message)
 
     async def perform(self, *requests: Request) -> None:
         """Carry them out in this order. At most one of them is a READ or FLUSH.
@@ -162,14 +170,17 @@ class Link:
             return
         self.failure = reason
         self._running.cancel()
+        under_way = (*self._posted, *self._waiting)
         try:
             self._pair.destroy()
-        finally:
-            for operation in (*self._posted, *self._waiting):
-                operation.number = 0
-                operation.done.set()
-            self._posted.clear()
-            self._waiting.clear()
+        except UnavailableError as error:
+            log.error("%s: memory that the device may still use is not used again", error.message)
+            _abandoned.append(under_way)
+        for operation in under_way:
+            operation.number = 0
+            operation.done.set()
+        self._posted.clear()
+        self._waiting.clear()
 
     def _check(self) -> None:
         if self.failure is not None:
