@@ -73,10 +73,12 @@ class Expiry:
 
     def wake(self) -> None:
         """A time to live was set: where the round has been already, something may be due sooner
-        than it knows."""
-        self._next_key = b""
-        self._next_due_ns = _NEVER
-        self._rests_until_ns = 0
+        than it knows. It still comes to its end, however often that happens, and goes on at once
+        with the next one."""
+        if self._next_key:
+            self._next_due_ns = 0
+        else:
+            self._rests_until_ns = 0
 
     def step(self) -> bool:
         """Look at some entries and remove what is due. True: there is more to do now."""

@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
 from typing import Final
 
 import trio
@@ -30,12 +31,14 @@ from crailfs.errors import (
 )
 from crailfs.limits import LEASE_MS
 from crailfs.net.server import Peer
+from crailfs.units import MIB
 from crailfs.wire.messages import (
     AttachRegions,
     AttachReply,
     ClientConnection,
     ConnectQueuePair,
     Empty,
+    FlushMethod,
     FlushRegion,
     FlushReply,
     FlushRung,
@@ -57,6 +60,9 @@ from storage_server.queue_pairs import QueuePairs
 from storage_server.region import Region
 
 log = logging.getLogger(__name__)
+
+PERSISTED_IN_PLACE_MAX_BYTES: Final = 8 * MIB
+"""In the event loop: what a client has written in one go, about 1 ms. More goes to a thread."""
 
 OPERATIONS: Final = frozenset(
     {
@@ -254,17 +260,23 @@ class Services:
 
     def _flush(self, peer: Peer, request_id: int, request: FlushRegion) -> None:
         region = self._region(request.region)
+        medium = region.medium
         self.counters["flushes"] += 1
         if request.byte_count:
             region.check_inside(request.offset, request.byte_count)
-            if region.medium.blocks is not None:
-                region.medium.persist(request.offset, request.byte_count)
-                self.counters["range_flushes"] += 1
-                peer.reply(request_id, FlushReply(durable=region.medium.durable))
+        persists = medium.blocks is not None and medium.layout.flush_method != FlushMethod.MAPPING
+        persist = partial(medium.persist, request.offset, request.byte_count)
+        if request.byte_count and persists:
+            self.counters["range_flushes"] += 1
+            if request.byte_count <= PERSISTED_IN_PLACE_MAX_BYTES:
+                persist()
+                peer.reply(request_id, FlushReply(durable=medium.durable))
                 return
 
         async def flush() -> None:
-            peer.reply(request_id, FlushReply(durable=await region.medium.flush()))
+            if request.byte_count and persists:
+                await trio.to_thread.run_sync(persist)
+            peer.reply(request_id, FlushReply(durable=await medium.flush()))
 
         self._nursery.start_soon(self._at_device, peer, request_id, Where(region, 0, 0), flush)
 
@@ -382,6 +394,8 @@ class Services:
         )
 
     def _look_for_failure(self, peer: Peer, request_id: int, request: ReportFailed) -> None:
+        if not peer.is_local:
+            raise NotPermittedError("only clients of this host use a device themselves")
         region = self._region(request.region)
         region.check_range(request.offset, request.byte_count)
         if region.medium.blocks is not None:

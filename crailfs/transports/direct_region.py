@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import trio
 
 from crailfs.device_io import DirectFile
-from crailfs.errors import DamagedError
+from crailfs.errors import DamagedError, UnavailableError
 from crailfs.net.sending import Buffer
 from crailfs.wire.messages import AttachedRegion
 
@@ -30,6 +30,7 @@ class DirectRegion:
         # The ring is made at the first use, when the caller may have put a new one in its place.
         self._life_line_fd = os.dup(life_line_fd)
         self._file = DirectFile(fd, life_line_fd=self._life_line_fd)
+        self._closing = False
 
     async def read(self, offset: int, byte_count: int) -> Buffer:
         with self._device_errors("reading", offset, byte_count):
@@ -45,7 +46,9 @@ class DirectRegion:
         return True
 
     async def close(self) -> None:
-        """Waits for what is under way: afterwards nothing can change a block any more."""
+        """Waits for what is under way: afterwards nothing can change a block any more. What has not
+        begun by then fails with ``UnavailableError``."""
+        self._closing = True
         with trio.CancelScope(shield=True):
             await self._file.drain()
         self._file.close()
@@ -57,6 +60,10 @@ class DirectRegion:
         try:
             yield
         except OSError as error:
+            if self._closing:
+                raise UnavailableError(
+                    f"{action} {byte_count} bytes at {offset} of region {self._id}: it was closed"
+                ) from error
             raise DamagedError(
                 f"{action} {byte_count} bytes at {offset} of region {self._id}: {error.strerror}; "
                 "check the device under it"

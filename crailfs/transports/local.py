@@ -83,7 +83,12 @@ class LocalTransport:
     ) -> LocalTransport:
         """Attach to ``server``. Raises ``UnavailableError`` and what the server answers."""
         transport = cls(server, config, client_id)
-        await transport._attach(min(CONNECT_TIMEOUT_MS, config.operation_timeout_ms))
+        try:
+            await transport._attach(min(CONNECT_TIMEOUT_MS, config.operation_timeout_ms))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await transport.close()  # of what could be opened before another could not
+            raise
         return transport
 
     async def read(self, region: int, offset: int, byte_count: int) -> Buffer:

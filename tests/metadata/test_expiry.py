@@ -285,6 +285,24 @@ def test_what_is_made_below_the_root_directory_has_the_roots_time(
     assert scratch.names(b"file", parent=ROOT_INODE) == []
 
 
+def test_a_round_comes_to_its_end_however_often_times_to_live_are_set(
+    server: TimedServer, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expiry, "ROWS_MAX", 10)
+    other = scratch.mkdir(b"other", ROOT_INODE)
+    for number in range(50):
+        scratch.file(b"%02d" % number, ROOT_INODE)
+    scratch.file(b"behind them")
+    server.leap(HOUR_S + 1)
+    scratch.client = server.connect(2)
+    scratch.file(b"behind them")
+    server.now_s += HOUR_S + 1
+    for _ in range(30):
+        server.handler.expire_nodes()
+        scratch.set(other, b"2h")
+    assert scratch.names(b"behind them") == []
+
+
 def test_steps_are_bounded_and_files_that_come_meanwhile_are_found(
     server: TimedServer, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,10 +18,18 @@ import msgspec
 import pytest
 import trio
 
-from crailfs.errors import CrailError, DamagedError, InvalidError
+from crailfs.errors import (
+    CrailError,
+    DamagedError,
+    InvalidError,
+    NotPermittedError,
+    UnavailableError,
+)
 from crailfs.net.client import RpcClient
+from crailfs.pmem import libpmemobj
 from crailfs.records import Tier
-from crailfs.transports import Transport, connect
+from crailfs.transports import Transport, connect, persistent_region
+from crailfs.transports.local import LocalTransport
 from crailfs.wire.messages import (
     Message,
     Opcode,
@@ -66,9 +74,10 @@ class Attached(NamedTuple):
         assert isinstance(status, StorageStatusReply)
         return status.counters.get("device_errors", 0)
 
-    async def ask(self, opcode: Opcode, request: Message) -> Message:
-        server = self.metadata.server
-        client = RpcClient(f"unix:{server.unix_path}", CREDENTIALS, role=Role.CLIENT, client_id=7)
+    async def ask(self, opcode: Opcode, request: Message, address: str = "") -> Message:
+        """Over the Unix socket if no ``address`` is given."""
+        address = address or f"unix:{self.metadata.server.unix_path}"
+        client = RpcClient(address, CREDENTIALS, role=Role.CLIENT, client_id=7)
         failure: CrailError | None = None
         async with trio.open_nursery() as nursery:
             await nursery.start(client.run)
@@ -197,3 +206,61 @@ async def test_after_a_killed_client_is_fenced_nothing_of_it_arrives(
         child.wait()
         for _ in range(20):
             assert not any(await client.transport.read(client.region, 0, REGION_SIZE // 8))
+
+
+async def test_closing_with_many_writes_waiting_retires_no_block(tmp_path: Path) -> None:
+    """As when a session is lost: those that the ring has no room for yet are not the device's
+    fault."""
+    async with attached(tmp_path) as client:
+        refused: list[CrailError] = []
+
+        async def write(block: int) -> None:
+            try:
+                await client.transport.write(client.region, block * BLOCK, 1, b"x" * BLOCK)
+            except CrailError as error:
+                refused.append(error)
+
+        async with trio.open_nursery() as writing:
+            for block in range(BLOCKS):
+                writing.start_soon(write, block)
+            for _ in range(2):  # all of them have begun
+                await trio.lowlevel.checkpoint()
+            writing.start_soon(client.transport.close)
+        assert {type(error) for error in refused} <= {UnavailableError}
+        assert await client.failed_blocks() == ()
+        assert await client.device_errors() == 0
+
+
+async def test_what_comes_after_the_end_is_not_the_devices_fault(tmp_path: Path) -> None:
+    async with attached(tmp_path) as client:
+        assert isinstance(client.transport, LocalTransport)
+        region = client.transport._regions[client.region]
+        await region.write(0, b"x" * BLOCK)
+        await client.transport.close()
+        with pytest.raises(UnavailableError, match="closed"):
+            await region.write(0, b"y" * BLOCK)
+        with pytest.raises(UnavailableError, match="closed"):
+            await region.read(0, BLOCK)
+
+
+async def test_only_clients_of_the_host_report_failing_blocks(tmp_path: Path) -> None:
+    async with attached(tmp_path) as client:
+        report = ReportFailed(client.region, 0, BLOCK, writing=True)
+        server = client.metadata.server
+        with pytest.raises(NotPermittedError):
+            await client.ask(Opcode.REPORT_FAILED, report, f"{server.tcp_host}:{server.tcp_port}")
+        assert await client.failed_blocks() == ()
+
+
+@pytest.mark.skipif(libpmemobj.missing() is not None, reason="libpmemobj is missing")
+async def test_a_client_that_cannot_open_all_regions_holds_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its life line would keep its blocks out of circulation for as long as it runs."""
+    async with FakeMetadata().running(tmp_path) as metadata:
+        config = storage_config(tmp_path, metadata, (Tier.NVME, Tier.PMEM))
+        async with storage_running(config, metadata), trio.open_nursery() as nursery:
+            monkeypatch.setattr(persistent_region.libpmem, "missing", lambda: "it is not here")
+            with pytest.raises(CrailError, match="it is not here"):
+                await connect(metadata.server, client_config(metadata, "local"), CLIENT, nursery)
+            assert not Fencing(tmp_path / "state").has_life_line(CLIENT)
