@@ -18,6 +18,7 @@ class Mapped:
     def __init__(self, below: Path) -> None:
         self.path = Path("/dev/mapper", _NAME)
         self._below = below
+        self._made = False
         answer = _run("blockdev", "--getsz", str(below))
         self._sectors = int(answer)
 
@@ -41,13 +42,14 @@ class Mapped:
         self._load([f"0 {self._sectors} delay {self._below} 0 0 {self._below} 0 {delay_ms}"])
 
     def _load(self, table: Sequence[str]) -> None:
-        if self.path.exists():
+        if self._made:
             _run("dmsetup", "--noudevsync", "suspend", _NAME)
             _run("dmsetup", "--noudevsync", "load", _NAME, table="\n".join(table))
             _run("dmsetup", "--noudevsync", "resume", _NAME)
         else:
             _run("dmsetup", "--noudevsync", "create", _NAME, table="\n".join(table))
             _run("dmsetup", "mknodes", _NAME)
+            self._made = True
 
 
 @contextlib.contextmanager

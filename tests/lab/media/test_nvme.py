@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,13 @@ from crailfs.records import HeaderChange, Tier
 from crailfs.transports import Transport, connect
 from crailfs.units import KIB, MIB
 from storage_server.media import Medium, open_medium
+from storage_server.server import serve
 from tests.lab.media.mapper import Mapped, mapped
 from tests.storage.cluster import (
     BLOCK,
     FakeMetadata,
     client_config,
     storage_config,
-    storage_running,
 )
 
 CLUSTER = b"c" * 16
@@ -82,11 +83,13 @@ async def attached(
             storage_config(directory, metadata, ()),
             regions=(RegionConfig(tier=Tier.NVME, path=device, size_bytes=1, overwrite=True),),
         )
-        async with storage_running(config, metadata), trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(serve, config))
             client = client_config(metadata, name)
             transport = await connect(metadata.server, client, 42, nursery)
             yield metadata, transport, metadata.region_id(Tier.NVME)
             await transport.close()
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("name", ["local", "tcp"])
