@@ -122,8 +122,20 @@ class HeaderFollower:
         for region, of_region in changes.items():
             for change in of_region:
                 if not change.ino:
-                    self._counters["blocks_discarded"] += change.block_count
-                    await region.medium.discard(change.block, change.block_count)
+                    await self._discard(region, change)
+
+    async def _discard(self, region: Region, change: HeaderChange) -> None:
+        """A device that refuses advice still has the blocks: they come free all the same."""
+        try:
+            await region.medium.discard(change.block, change.block_count)
+        except OSError as error:
+            self._counters["discard_errors"] += 1
+            log.warning(
+                "region %s: blocks %d+%d are not discarded: %s",
+                region.medium.path, change.block, change.block_count, error.strerror,
+            )  # fmt: skip
+        else:
+            self._counters["blocks_discarded"] += change.block_count
 
 
 def _published(changes: Sequence[HeaderChange], block_size_bytes: int) -> list[HeaderChange]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -239,6 +240,23 @@ async def test_freed_blocks_are_discarded_before_they_are_used_again(tmp_path: P
         await rig.follow()
         assert sum(discarded) == 2 * BLOCKS == space.free_blocks
         assert rig.services.counters["blocks_discarded"] == 2 * BLOCKS
+
+
+async def test_blocks_come_free_though_the_device_refuses_discards(tmp_path: Path) -> None:
+    async with rigged(tmp_path, Tier.NVME) as rig:
+        space = rig.space
+
+        async def refuse(first_block: int, block_count: int) -> None:
+            raise OSError(errno.EREMOTEIO, "Remote I/O error")
+
+        for medium in rig.media:
+            medium.discard = refuse  # type: ignore[method-assign]
+        space.put(space.create(b"file").ino, 50_000)
+        free_blocks = space.free_blocks
+        space.remove(b"file", not_open=space.lookup(1, b"file").ino)
+        await rig.follow()
+        assert space.free_blocks > free_blocks
+        assert rig.services.counters["discard_errors"] > 0
 
 
 async def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
