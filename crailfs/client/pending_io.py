@@ -63,7 +63,9 @@ class PendingIo:
     ) -> None:
         """Write inside a block; what lies between its end and ``inner_offset`` becomes zeros."""
         transport = await self._transport(block.region)
-        if transport.in_place(block.region):
+        if transport.in_place(block.region) and block.buffer is None:
+            # It may have been begun on another way, and still be on it.
+            await self._write_behind.settle(state)
             await self._change_in_place(transport, block, inner_offset, data)
             return
         buffer = await self._load(state, block)

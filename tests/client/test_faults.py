@@ -9,10 +9,20 @@ import trio
 from msgspec.structs import replace
 
 from crailfs.client.filesystem import FileSystem
+from crailfs.config import RegionConfig
 from crailfs.errors import FencedError, UnavailableError
+from crailfs.records import Tier
 from crailfs.units import ROOT_INODE
 from crailfs.wire.messages import Invalidation
-from tests.client.helpers import BLOCK, content, create, eventually, free_blocks, open_by_name
+from tests.client.helpers import (
+    BLOCK,
+    DISK_ONLY,
+    content,
+    create,
+    eventually,
+    free_blocks,
+    open_by_name,
+)
 from tests.support.cluster import running_cluster
 
 
@@ -53,6 +63,32 @@ async def test_metadata_server_restarts_under_load_and_each_request_counts_once(
                 await file.close()
             expected = b"".join(b"%d\n" % number for number in range(files))
             assert await content(await open_by_name(other, b"log")) == expected
+
+
+async def test_a_storage_server_comes_back_with_one_more_region(tmp_path: Path) -> None:
+    """Blocks there are begun before its descriptor is here, and changed after that."""
+    async with running_cluster(tmp_path) as cluster, cluster.client("local") as client:
+        await (await create(client, b"earlier")).write(0, b"x")
+        await cluster.storage.stop()
+        added = RegionConfig(tier=Tier.DISK, path=tmp_path / "added", size_bytes=64 << 20)
+        config = cluster.storage_config
+        cluster.storage_config = replace(config, regions=(*config.regions, added))
+        await cluster.start_storage()
+        begun = await create(client, b"begun", storage_class=DISK_ONLY)
+        await begun.write(0, b"a" * 100)
+        other = await create(client, b"other", storage_class=DISK_ONLY)
+        await other.write(0, b"o" * BLOCK)
+        await other.flush()
+        await begun.write(100, b"b" * 100)
+        await begun.write(50, b"c" * 10)
+        await begun.flush()
+        expected = b"a" * 50 + b"c" * 10 + b"a" * 40 + b"b" * 100
+        assert await content(begun) == expected
+        async with cluster.client() as reader:
+            assert await content(await open_by_name(reader, b"begun")) == expected
+            assert await content(await open_by_name(reader, b"other")) == b"o" * BLOCK
+        await begun.close()
+        await other.close()
 
 
 @pytest.mark.parametrize("transport", ["local", "tcp"])
