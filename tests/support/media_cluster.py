@@ -26,7 +26,8 @@ from crailfs.units import MIB
 
 SECRET = b"the secret of a test cluster"
 READY_TIMEOUT_S = 20.0
-REGION_BYTES = 24 * MIB
+REGION_BYTES = 96 * MIB
+"""Several times what the files take: clients keep granted blocks, too."""
 _PR_SET_PDEATHSIG = 1
 
 _forks = multiprocessing.get_context("forkserver")

@@ -15,7 +15,7 @@ from crailfs.client.filesystem import FileSystem
 from crailfs.config import ClientConfig, RegionConfig
 from crailfs.limits import HEADER_PAGE_MAX
 from crailfs.net.client import RpcClient
-from crailfs.records import DATA_KINDS, BlockHeader, Extent
+from crailfs.records import DATA_KINDS, Attributes, BlockHeader, Extent
 from crailfs.units import blocks_for
 from crailfs.wire.messages import (
     Audit,
@@ -91,7 +91,7 @@ async def check_ownership(filesystem: FileSystem, config: ClientConfig) -> int:
         with trio.fail_after(DRAINED_TIMEOUT_S):
             while True:
                 reply = await _audit(metadata)
-                assert reply.findings == ()
+                assert reply.findings == (), reply.findings
                 if not reply.counts.get("header_changes"):
                     break
                 await trio.sleep(0.02)
@@ -117,6 +117,12 @@ async def check_ownership(filesystem: FileSystem, config: ClientConfig) -> int:
         return compared
 
 
+async def owned_by(filesystem: FileSystem, config: ClientConfig, ino: int) -> list[OwnedBlock]:
+    """The blocks of one file, as the metadata server has them."""
+    async with connected(config.metadata, config) as metadata:
+        return await _blocks_of_file(filesystem, metadata, await filesystem.attributes(ino))
+
+
 async def _audit(metadata: RpcClient) -> AuditReply:
     reply = await metadata.call(Opcode.AUDIT, Audit(), deadline_ms=60_000)
     assert isinstance(reply, AuditReply)
@@ -137,17 +143,24 @@ async def _headers(storage: RpcClient, region: int, block_count: int) -> set[Blo
 async def _owned_blocks(filesystem: FileSystem, metadata: RpcClient) -> list[OwnedBlock]:
     owned = []
     async for _, attributes in walk(filesystem):
-        if attributes.kind not in DATA_KINDS:
-            continue
-        block, end = 0, blocks_for(attributes.size, filesystem.block_size_bytes)
-        while block < end:
-            page = await metadata.call(
-                Opcode.GET_EXTENTS, GetExtents(attributes.ino, block, end - block)
-            )
-            assert isinstance(page, ExtentPage)
-            for extent in page.extents:
-                owned += _blocks_of(attributes.ino, extent, filesystem.block_size_bytes)
-            block = page.next_block
+        if attributes.kind in DATA_KINDS:
+            owned += await _blocks_of_file(filesystem, metadata, attributes)
+    return owned
+
+
+async def _blocks_of_file(
+    filesystem: FileSystem, metadata: RpcClient, attributes: Attributes
+) -> list[OwnedBlock]:
+    owned = []
+    block, end = 0, blocks_for(attributes.size, filesystem.block_size_bytes)
+    while block < end:
+        page = await metadata.call(
+            Opcode.GET_EXTENTS, GetExtents(attributes.ino, block, end - block)
+        )
+        assert isinstance(page, ExtentPage)
+        for extent in page.extents:
+            owned += _blocks_of(attributes.ino, extent, filesystem.block_size_bytes)
+        block = page.next_block
     return owned
 
 

@@ -35,7 +35,7 @@ def prepare(devdax: Path, nvme: Path, state: Path) -> Devices:
     parts = [(_SECTORS_PER_MIB, boundary), (boundary, disk_sectors)]
     for number, (first, end) in enumerate(parts, 1):
         if not Path(f"{nvme}p{number}").exists():
-            _add_part(nvme, number, first * SECTOR_BYTES, (end - first) * SECTOR_BYTES)
+            add_part(nvme, number, first * SECTOR_BYTES, (end - first) * SECTOR_BYTES)
     state.mkdir(exist_ok=True)
     if not os.path.ismount(state):
         if subprocess.run(["blkid", f"{nvme}p1"], check=False, capture_output=True).returncode:
@@ -80,7 +80,8 @@ class _Request(ctypes.Structure):
     )
 
 
-def _add_part(disk: Path, number: int, start: int, length: int) -> None:
+def add_part(disk: Path, number: int, start: int, length: int) -> None:
+    """The kernel shows these bytes of the disk as a device of its own; the disk is not changed."""
     partition = _Partition(start, length, number)
     size = ctypes.sizeof(partition)
     request = _Request(_BLKPG_ADD_PARTITION, 0, size, ctypes.pointer(partition))
