@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -171,29 +170,3 @@ def test_a_link_that_goes_down_and_up_loses_nothing(
         print(f"{load}")
         load.check()
     cluster.audit()
-
-
-@pytest.mark.timeout(300)
-def test_rdma_tcp_and_same_host_clients_share_files(cluster: TwoHosts, tmp_path: Path) -> None:
-    with (
-        cluster.mount(tmp_path / "rdma", "rdma") as _,
-        cluster.mount(tmp_path / "tcp", "tcp") as _,
-    ):
-        ways = (tmp_path / "rdma", tmp_path / "tcp")
-        there = "/tmp/crailfs-mixed"
-        for turn in range(4):
-            writer, reader = ways[turn % 2], ways[(turn + 1) % 2]
-            data = content(turn, 3 * MIB + 17)
-            (writer / "shared").write_bytes(data)
-            assert (reader / "shared").read_bytes() == data
-            with (reader / "shared").open("r+b") as file:
-                file.seek(100_000)
-                file.write(b"changed by the other" * 1000)
-            expected = data[:100_000] + b"changed by the other" * 1000 + data[120_000:]
-            assert (writer / "shared").read_bytes() == expected
-        cluster.crail_there("fs", "get", "/shared", there)
-        said = cluster.peer.run(["sha256sum", there])
-        assert said.split()[0] == hashlib.sha256(expected).hexdigest()
-        cluster.crail_there("fs", "put", "/etc/os-release", "/from-there")
-        for way in ways:
-            assert b"Debian" in (way / "from-there").read_bytes()
