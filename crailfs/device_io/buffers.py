@@ -88,8 +88,6 @@ def round_up(byte_count: int) -> int:
     return (byte_count + ALIGNMENT_BYTES - 1) & -ALIGNMENT_BYTES
 
 
-def is_aligned(buffer: memoryview) -> bool:
-    """Whether a device can be told to use ``buffer`` itself, for reading and for writing."""
-    if buffer.readonly or len(buffer) % ALIGNMENT_BYTES or not buffer:
-        return False
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % ALIGNMENT_BYTES == 0
+def address_of(buffer: memoryview) -> int:
+    """Of memory that may be written to."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
-from crailfs.device_io.buffers import ALIGNMENT_BYTES, AlignedBuffers, is_aligned, round_up
+from crailfs.device_io.buffers import ALIGNMENT_BYTES, AlignedBuffers, address_of, round_up
 from crailfs.device_io.engine import Engine, open_engine
 from crailfs.errors import InvalidError
 
@@ -28,33 +29,42 @@ class DirectFile:
         self._opened: Engine | None = None
         self._closed = False
 
-    async def read(self, position: int, buffer: memoryview) -> None:
+    # Not coroutines themselves: each frame that a request passes through costs 0.2 us.
+
+    def read(self, position: int, buffer: memoryview) -> Coroutine[Any, Any, None]:
         """Fill ``buffer``; without a copy if it and ``position`` are aligned."""
-        if position % ALIGNMENT_BYTES == 0 and is_aligned(buffer):
-            await self._engine.read(self._fd, position, buffer)
-        else:
-            buffer[:] = await self.read_view(position, len(buffer))
+        if not (position | len(buffer)) % ALIGNMENT_BYTES and not buffer.readonly:
+            address = address_of(buffer)
+            if not address % ALIGNMENT_BYTES:
+                return self._engine.move(self._fd, position, buffer, address, writing=False)
+        return self._read_copying(position, buffer)
 
     async def read_view(self, position: int, byte_count: int) -> memoryview:
         """``byte_count`` bytes in memory that is used again when the last view of it is gone."""
         before_bytes = position % ALIGNMENT_BYTES
         view = self._buffers.take(round_up(before_bytes + byte_count))
-        await self._engine.read(self._fd, position - before_bytes, view)
+        begin = position - before_bytes
+        await self._engine.move(self._fd, begin, view, address_of(view), writing=False)
         return view[before_bytes : before_bytes + byte_count]
 
-    async def write(self, position: int, data: memoryview) -> None:
+    def write(self, position: int, data: memoryview) -> Coroutine[Any, Any, None]:
         """What follows ``data`` up to the next multiple of ``ALIGNMENT_BYTES`` becomes zeros.
 
         Without a copy if ``data`` is aligned. Raises ``InvalidError`` as ``check_position`` does.
         """
         check_position(position)
-        if not is_aligned(data):
-            byte_count = len(data)
-            copy = self._buffers.take(round_up(byte_count))
-            copy[:byte_count] = data
-            copy[byte_count:] = _ZEROS[: len(copy) - byte_count]
-            data = copy
-        await self._engine.write(self._fd, position, data)
+        if not len(data) % ALIGNMENT_BYTES and not data.readonly:
+            address = address_of(data)
+            if not address % ALIGNMENT_BYTES:
+                return self._engine.move(self._fd, position, data, address, writing=True)
+        byte_count = len(data)
+        copy = self._buffers.take(round_up(byte_count))
+        copy[:byte_count] = data
+        copy[byte_count:] = _ZEROS[: len(copy) - byte_count]
+        return self._engine.move(self._fd, position, copy, address_of(copy), writing=True)
+
+    async def _read_copying(self, position: int, buffer: memoryview) -> None:
+        buffer[:] = await self.read_view(position, len(buffer))
 
     async def sync(self) -> None:
         """fdatasync: what was written outlives a power cut."""

@@ -17,11 +17,10 @@ class Engine(Protocol):
     """Everything goes on to its end when it is cancelled: afterwards the kernel knows nothing of
     the memory any more. Raises ``OSError``, for each request its own."""
 
-    async def read(self, fd: int, position: int, buffer: memoryview) -> None:
-        """Fill ``buffer``."""
-
-    async def write(self, fd: int, position: int, data: memoryview) -> None:
-        """Write all of ``data``."""
+    async def move(
+        self, fd: int, position: int, buffer: memoryview, address: int, *, writing: bool
+    ) -> None:
+        """Write all of ``buffer``, or fill it. ``address`` is where its memory begins."""
 
     async def sync(self, fd: int) -> None:
         """fdatasync."""

@@ -11,9 +11,7 @@ task 2.3 us; a turn of the event loop 12 us, shared by all that it completes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import itertools
 import os
 from typing import Final
 
@@ -44,7 +42,7 @@ class Ring:
             self._ring.hold(life_line_fd)
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ring.signal(self._event_fd)
-        self._tokens = itertools.count(1)
+        self._next_token = 1
         # Keeps the memory of each request: its task's frame holds the view.
         self._waiting: dict[int, trio.lowlevel.Task] = {}
         self._room = trio.lowlevel.ParkingLot()
@@ -53,21 +51,17 @@ class Ring:
         self._submitter: trio.lowlevel.Task | None = None
         self._serving = 0
 
-    async def read(self, fd: int, position: int, buffer: memoryview) -> None:
-        done = await self._request(READ, fd, position, _address(buffer), len(buffer), 0)
-        while done < len(buffer):
+    async def move(
+        self, fd: int, position: int, buffer: memoryview, address: int, *, writing: bool
+    ) -> None:
+        operation, left = WRITE if writing else READ, len(buffer)
+        while True:
+            done = await self._request(operation, fd, position, address, left)
+            if done == left:
+                return
             if done == 0:
                 raise OSError(errno.EIO, "the device ends early")
-            buffer, position = buffer[done:], position + done
-            done = await self._request(READ, fd, position, _address(buffer), len(buffer), 0)
-
-    async def write(self, fd: int, position: int, data: memoryview) -> None:
-        done = await self._request(WRITE, fd, position, _address(data), len(data), 0)
-        while done < len(data):
-            if done == 0:
-                raise OSError(errno.EIO, "the device takes no more")
-            data, position = data[done:], position + done
-            done = await self._request(WRITE, fd, position, _address(data), len(data), 0)
+            position, address, left = position + done, address + done, left - done
 
     async def sync(self, fd: int) -> None:
         await self._request(FSYNC, fd, 0, 0, 0, FSYNC_DATASYNC)
@@ -92,8 +86,24 @@ class Ring:
         self._event_fd = -1
 
     async def _request(
-        self, operation: int, fd: int, position: int, address: int, byte_count: int, flags: int
+        self, operation: int, fd: int, position: int, address: int, byte_count: int, flags: int = 0
     ) -> int:
+        if len(self._waiting) >= REQUESTS_MAX or self._serving != 2:
+            await self._ready()
+        self._ring.push(operation, fd, position, address, byte_count, flags, self._next_token)
+        self._waiting[self._next_token] = trio.lowlevel.current_task()
+        self._next_token += 1
+        self._queued += 1
+        if self._queued >= SUBMIT_AT:
+            self._submit_queued()
+        if self._queued and self._submitter is not None:
+            trio.lowlevel.reschedule(self._submitter)
+            self._submitter = None
+        count: int = await trio.lowlevel.wait_task_rescheduled(_goes_on)
+        return count
+
+    async def _ready(self) -> None:
+        """Wait for room, and see to it that the two tasks run."""
         while len(self._waiting) >= REQUESTS_MAX:
             with trio.CancelScope(shield=True):
                 await self._room.park()
@@ -103,17 +113,6 @@ class Ring:
             self._serving = 2
             trio.lowlevel.spawn_system_task(self._submit)
             trio.lowlevel.spawn_system_task(self._complete)
-        token = next(self._tokens)
-        self._ring.push(operation, fd, position, address, byte_count, flags, token)
-        self._waiting[token] = trio.lowlevel.current_task()
-        self._queued += 1
-        if self._queued >= SUBMIT_AT:
-            self._submit_queued()
-        if self._queued and self._submitter is not None:
-            trio.lowlevel.reschedule(self._submitter)
-            self._submitter = None
-        count: int = await trio.lowlevel.wait_task_rescheduled(_goes_on)
-        return count
 
     # --- the two tasks -------------------------------------------------------------------------
 
@@ -162,10 +161,6 @@ class Ring:
                 self._room.unpark(count=count)
             if not self._waiting:
                 self._drained.unpark_all()
-
-
-def _address(buffer: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def _goes_on(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:

@@ -23,11 +23,13 @@ class Threads:
         self._under_way = 0
         self._ended = trio.lowlevel.ParkingLot()
 
-    async def read(self, fd: int, position: int, buffer: memoryview) -> None:
-        await self._run(partial(read_exactly, fd, buffer, position, wait=True))
-
-    async def write(self, fd: int, position: int, data: memoryview) -> None:
-        await self._run(partial(write_all, fd, data, position))
+    async def move(
+        self, fd: int, position: int, buffer: memoryview, address: int, *, writing: bool
+    ) -> None:
+        if writing:
+            await self._run(partial(write_all, fd, buffer, position))
+        else:
+            await self._run(partial(read_exactly, fd, buffer, position, wait=True))
 
     async def sync(self, fd: int) -> None:
         await self._run(partial(os.fdatasync, fd))

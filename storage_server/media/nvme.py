@@ -15,8 +15,10 @@ import fcntl
 import logging
 import os
 import stat
+from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -91,17 +93,17 @@ class NvmeMedium:
     def try_read(self, offset: int, buffer: memoryview) -> bool:
         return False
 
-    async def read(self, offset: int, buffer: memoryview) -> None:
-        await self._direct.read(self._data_offset + offset, buffer)
+    def read(self, offset: int, buffer: memoryview) -> Coroutine[Any, Any, None]:
+        return self._direct.read(self._data_offset + offset, buffer)
 
     def try_write(self, offset: int, data: memoryview) -> bool:
         """Raises ``InvalidError`` unless ``offset`` is a multiple of ``ALIGNMENT_BYTES``."""
         check_position(offset)
         return False
 
-    async def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview) -> Coroutine[Any, Any, None]:
         """Raises as ``try_write`` does."""
-        await self._direct.write(self._data_offset + offset, data)
+        return self._direct.write(self._data_offset + offset, data)
 
     def persist(self, offset: int, byte_count: int) -> None:
         """Nothing is mapped."""

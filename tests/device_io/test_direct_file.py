@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from crailfs.device_io import AlignedBuffers, DirectFile, engine, engine_name, open_direct
+from crailfs.device_io.buffers import address_of
 from crailfs.device_io.ring import REQUESTS_MAX
 from crailfs.device_io.threads import Threads
 from crailfs.errors import InvalidError
@@ -183,7 +184,8 @@ async def test_waiting_for_a_device_takes_no_processor() -> None:
     async with trio.open_nursery() as nursery:
 
         async def read() -> None:
-            await ring.read(receive, (1 << 64) - 1, memoryview(got))
+            view = memoryview(got)
+            await ring.move(receive, (1 << 64) - 1, view, address_of(view), writing=False)
 
         nursery.start_soon(read)
         await trio.testing.wait_all_tasks_blocked()
