@@ -61,7 +61,10 @@ def main() -> int:
     try:
         return _main()
     except Unavailable as why:
-        print(f"lab: skipped: {why}. Not tested: PMem, NVMe, RDMA between hosts, power loss.")
+        line = f"lab: skipped: {why}. Not tested: PMem, NVMe, RDMA between hosts, power loss."
+        print(line)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / plan.SUMMARY).write_text(f"{line}\n")
         return 0
 
 

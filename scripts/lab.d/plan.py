@@ -14,6 +14,8 @@ from power_loss import PowerLoss
 from runs import Run
 
 PLAN = CHECKOUT / "tests/lab/plan.toml"
+SUMMARY = "summary.txt"
+"""In the results: a line for each step, or one that says why nothing was tested."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def read(seed: int) -> Plan:
 def carry_out(steps: Sequence[Step], limit_s: float, results: Path) -> int:
     """Runs the steps within ``limit_s`` in all.
 
-    Merges their reports into ``results/junit.xml``, prints a line for each. Returns 0 when all
+    Merges their reports into ``results/junit.xml``, prints a line for each and writes them to
+    ``results/SUMMARY``. Returns 0 when all
     passed, and each ran at least one test.
     """
     deadline = time.monotonic() + limit_s
@@ -96,5 +99,6 @@ def carry_out(steps: Sequence[Step], limit_s: float, results: Path) -> int:
         verdict = "passed" if passed else "FAILED" if ran else "FAILED: no test ran"
         lines.append(f"lab: {step.name:12} {time.monotonic() - began:5.0f} s  {verdict} ({what})")
     junit.merge(reports, results / "junit.xml")
+    (results / SUMMARY).write_text("".join(f"{line}\n" for line in lines))
     print("\n".join(["", *lines, f"lab: results and logs are in {results}"]), flush=True)
     return int(failed)

@@ -16,7 +16,6 @@ import random
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import BinaryIO
 import junit
 import machine
 import runs
+import scratch
 import source
 from channel import GuestError
 from image import Image
@@ -63,15 +63,15 @@ def power_loss(image: Image, plan: PowerLoss, results: Path) -> int:
     directory = runs.fresh_directory(results, plan.name)
     cases: list[junit.Case] = []
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crailfs-lab-")))
-        source.make_disk(image, scratch / "source.img")
+        files = stack.enter_context(scratch.directory())
+        source.make_disk(image, files / "source.img")
         media = machine.Media.in_directory(
-            scratch / "media",
+            files / "media",
             devdax_mib=runs.DEVDAX_MIB,
             nvme_mib=runs.NVME_MIB,
             fsdax_mib=runs.FSDAX_MIB if plan.fsdax else 0,
         )
-        rounds = _Rounds(image, plan, scratch / "source.img", media, directory, began)
+        rounds = _Rounds(image, plan, files / "source.img", media, directory, began)
         for number in range(plan.rounds + 1):
             boot_began = time.monotonic()
             message, details = None, ""
@@ -84,7 +84,7 @@ def power_loss(image: Image, plan: PowerLoss, results: Path) -> int:
                 kept = directory / "media"
                 # A cp that keeps holes: the files are mostly holes.
                 subprocess.run(
-                    ["cp", "-r", "--sparse=always", str(scratch / "media"), str(kept)], check=True
+                    ["cp", "-r", "--sparse=always", str(files / "media"), str(kept)], check=True
                 )
                 print(f"lab: {plan.name}: the media are in {kept}", flush=True)
             cases.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import BinaryIO
 
 import junit
 import machine
+import scratch
 import source
 from channel import GuestError
 from image import Image
@@ -69,11 +69,11 @@ def in_guests(image: Image, run: Run, results: Path) -> int:
     report = results / f"{run.name}.xml"
     pytest = [] if run.plain else [*PYTEST, "--junitxml=/lab/out/junit.xml"]
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crailfs-lab-")))
-        source.make_disk(image, scratch / "source.img")
+        files = stack.enter_context(scratch.directory())
+        source.make_disk(image, files / "source.img")
         log = stack.enter_context(open(directory / "output.log", "wb"))
         try:
-            guests = _boot(stack, image, run, scratch, directory)
+            guests = _boot(stack, image, run, files, directory)
             took = ", ".join(f"{guest.booted_s:.1f} s" for guest in guests)
             print(f"lab: {run.name}: {run.guests} guest(s) booted in {took}", flush=True)
             code = guests[-1].channel.run(
@@ -99,13 +99,13 @@ def in_guests(image: Image, run: Run, results: Path) -> int:
 
 
 def _boot(
-    stack: contextlib.ExitStack, image: Image, run: Run, scratch: Path, directory: Path
+    stack: contextlib.ExitStack, image: Image, run: Run, files: Path, directory: Path
 ) -> list[machine.Machine]:
     cables = machine.two_ends() if run.guests == 2 else (None,)
     starting = []
     for node, cable in enumerate(cables, 1):
         media = machine.Media.in_directory(
-            scratch / f"guest{node}",
+            files / f"guest{node}",
             devdax_mib=DEVDAX_MIB,
             nvme_mib=NVME_MIB,
             fsdax_mib=FSDAX_MIB if run.fsdax else 0,
@@ -116,7 +116,7 @@ def _boot(
             else machine.Shape()
         )
         guest_directory = directory / f"guest{node}"
-        one = machine.start(image, scratch / "source.img", media, guest_directory, shape, cable)
+        one = machine.start(image, files / "source.img", media, guest_directory, shape, cable)
         stack.callback(one.kill)
         starting.append(one)
     for cable in cables:
@@ -130,6 +130,7 @@ def tails(directory: Path) -> str:
     parts = []
     for guest in sorted(directory.glob("guest*")):
         parts.append(f"--- the end of {guest.name}'s console\n{machine.console_tail(guest)}")
-    output = (directory / "output.log").read_text(errors="replace").splitlines()
+    log = directory / "output.log"
+    output = log.read_text(errors="replace").splitlines() if log.exists() else []
     parts.append("--- the end of the output\n" + "\n".join(output[-20:]))
     return "\n".join(parts)

@@ -1,4 +1,8 @@
-"""The checkout as a guest sees it: a read-only disk with the modules already compiled."""
+"""The checkout as a guest sees it: a read-only disk with the modules already compiled.
+
+A disk, not a shared directory: from it the guest imports the servers and the client in 4 s, through
+9p in 14 s (measured in the lab, with nothing cached).
+"""
 
 from __future__ import annotations
 
