@@ -100,8 +100,20 @@ install_python_packages() {
     printf '%s\n' "$stamp" >"$venv/bootstrap.stamp"
 }
 
+# pyverbs (RDMA) fits the distribution's own libibverbs only: the environment gets the distribution's.
+link_pyverbs() {
+    local packages=/usr/lib/python3/dist-packages site
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    if [[ -d $packages/pyverbs ]]; then
+        ln -sfn "$packages/pyverbs" "$site/pyverbs"
+    elif [[ -L $site/pyverbs ]]; then
+        rm "$site/pyverbs"
+    fi
+}
+
 bootstrap() {
     install_debian_packages
     [[ -e /dev/fuse ]] || die "/dev/fuse does not exist: load the kernel's fuse module (modprobe fuse)"
     install_python_packages
+    link_pyverbs
 }
