@@ -28,7 +28,6 @@ from tools import Unavailable, ensure_tools
 CHECKOUT = Path(__file__).resolve().parents[2]
 GUEST = Path(__file__).resolve().parent / "guest"
 SUITE = "trixie"
-DEFAULT_MIRROR = "https://deb.debian.org/debian"
 PACKAGES = (
     "busybox-static",
     "daxctl",
@@ -126,19 +125,21 @@ def recipe_hash() -> str:
 
 
 def mirror() -> str:
-    """``$CRAIL_LAB_MIRROR``, or the Debian mirror that this host's apt uses, or the default."""
+    """``$CRAIL_LAB_MIRROR``, or the Debian mirror that this host's apt uses."""
     if named := os.environ.get("CRAIL_LAB_MIRROR"):
         return named
     listed = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(ORIGIN) $(COMPONENT) $(LABEL) $(REPO_URI)"],
+        ["apt-get", "indextargets", "--format", "$(COMPONENT) $(REPO_URI)"],
         check=False,
         capture_output=True,
         text=True,
     )
     for line in listed.stdout.splitlines():
-        if line.startswith("Debian main Debian http"):
-            return line.split()[-1]
-    return DEFAULT_MIRROR
+        component, _, address = line.partition(" ")
+        # Not the one of security updates, whose path is longer.
+        if component == "main" and address.startswith("http") and address.endswith("/debian/"):
+            return address
+    raise Unavailable("apt knows no Debian mirror: name one in CRAIL_LAB_MIRROR")
 
 
 def proxies() -> dict[str, str]:
