@@ -213,8 +213,9 @@ class Planner:
                     return True
                 search.rows_left -= 1
                 self._promote_one(search, node, extent)
+                first_block = extents.end_of(extent)
             if search.is_done:
-                hand.promoted = ino + 1, 0
+                hand.promoted = ino, first_block
                 return True
         hand.promoted = 0, 0
         return False

@@ -336,6 +336,26 @@ def test_a_file_that_is_used_again_and_again_moves_up(tiers: Tiers) -> None:
     assert [*tiers.next_moves(OWN).moves, *tiers.next_moves(OTHER).moves] == []
 
 
+def test_all_of_a_hot_file_moves_up_however_many_extents_it_has(
+    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "ROWS_MAX", 4)
+    hot = tiers.file(1, 1, Tier.DISK)
+    for file_block in range(1, 12):
+        (extent,) = tiers.granted_extents(Tier.DISK, 1)
+        size = (file_block + 1) * BLOCK_SIZE_BYTES
+        commit = CommitFile(hot, (replace(extent, file_block=file_block),), (), size, 0)
+        tiers.do(Opcode.COMMIT_FILE, commit)
+    assert len(tiers.extents(hot)) == 12
+    heat_up(tiers, hot)
+    told = set()
+    for _ in range(8):
+        for server_id in (OWN, OTHER):
+            found = tiers.next_moves(server_id)
+            told |= {move.extent.file_block for move in found.moves}
+    assert told == set(range(12))
+
+
 def test_not_beyond_the_low_water_mark(tiers: Tiers) -> None:
     tiers.file(1, 75, Tier.MEMORY)
     files = [tiers.file(number, 3, Tier.DISK) for number in range(2, 8)]
