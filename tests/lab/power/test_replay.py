@@ -196,17 +196,21 @@ async def _check(
     with write_log.LoopDevice(content, directory / "state.img") as device, ExitStack() as ending:
         if tier is Tier.PMEM:
             write_log.mount(device, MOUNTPOINT)
-            ending.callback(write_log.unmount, MOUNTPOINT)
-        medium = await open_offline(_region(tier, device), cluster_id, BLOCK_SIZE_DEFAULT_BYTES)
-        assert medium is not None
-        try:
-            assert medium.headers is not None
-            count = await check_headers(medium)
-            if promise is not None:
-                await _check_promise(medium, promise)
-            return Found(count, medium.headers.applied_sequence)
-        finally:
-            medium.close()
+            ending.callback(write_log.unmount, MOUNTPOINT, wait=False)
+        return await _check_region(_region(tier, device), cluster_id, promise)
+
+
+async def _check_region(region: RegionConfig, cluster_id: bytes, promise: Promise | None) -> Found:
+    medium = await open_offline(region, cluster_id, BLOCK_SIZE_DEFAULT_BYTES)
+    assert medium is not None
+    try:
+        assert medium.headers is not None
+        count = await check_headers(medium)
+        if promise is not None:
+            await _check_promise(medium, promise)
+        return Found(count, medium.headers.applied_sequence)
+    finally:
+        medium.close()
 
 
 async def _check_promise(medium: Medium, promise: Promise) -> None:

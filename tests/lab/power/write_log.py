@@ -9,6 +9,7 @@ drivers/md/dm-log-writes.c, little-endian.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import struct
@@ -147,8 +148,10 @@ def mount(device: Path, directory: Path) -> None:
     _run("mount", str(device), str(directory))
 
 
-def unmount(directory: Path) -> None:
-    _run("umount", str(directory))
+def unmount(directory: Path, *, wait: bool = True) -> None:
+    """Without ``wait``, what an error's traceback still holds there does not hide the error."""
+    gc.collect()  # what is still mapped there is in nobody's use any more
+    _run("umount", *(() if wait else ("--lazy",)), str(directory))
 
 
 def make_file_system(device: Path) -> None:
