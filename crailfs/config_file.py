@@ -94,6 +94,9 @@ REGION_KEYS: Final[dict[str, Key]] = {
 OTHER_VARIABLES: Final = frozenset({"CRAIL_CONFIG", "CRAIL_STATE_HOME", "CRAIL_LOG_LEVEL"})
 """``CRAIL_*`` variables that are not settings of a section."""
 
+OTHER_PREFIXES: Final = ("CRAIL_LAB", "CRAIL_TEST")
+"""Of the project's own tests."""
+
 VARIABLES: Final[dict[str, tuple[str, str]]] = {
     f"CRAIL_{section}_{key}".upper(): (section, key)
     for section, keys in SECTIONS.items()
@@ -366,7 +369,11 @@ def _from_environment(environment: Mapping[str, str]) -> dict[tuple[str, str], _
     for name, value in environment.items():
         if name in VARIABLES:
             found[VARIABLES[name]] = _Raw(value, f"environment: {name}", Path.cwd())
-        elif name.startswith("CRAIL_") and name not in OTHER_VARIABLES:
+        elif (
+            name.startswith("CRAIL_")
+            and name not in OTHER_VARIABLES
+            and not name.startswith(OTHER_PREFIXES)
+        ):
             near = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.8)
             prefix = tuple(f"CRAIL_{section.upper()}_" for section in SECTIONS)
             if near or name.startswith(prefix):

@@ -32,7 +32,8 @@ class Kind(enum.Enum):
 
     DEVDAX = "devdax"
     FSDAX = "fsdax"
-    FILE = "file"
+    FILE = "file as a stand-in (not durable)"
+    """Flushed by msync all the same; but a region of this tier promises what DAX does."""
     VOLATILE_DEVICE = "devdax on volatile memory (not durable)"
     TMPFS = "file on tmpfs (not durable)"
 
@@ -42,7 +43,7 @@ class Kind(enum.Enum):
 
     @property
     def durable(self) -> bool:
-        return self in (Kind.DEVDAX, Kind.FSDAX, Kind.FILE)
+        return self in (Kind.DEVDAX, Kind.FSDAX)
 
     @property
     def flush_method(self) -> FlushMethod:
