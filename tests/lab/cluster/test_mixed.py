@@ -23,8 +23,8 @@ from tests.lab.rdma.two_hosts import CRAIL, STATE, TwoHosts
 from tests.model.machine import FileSystemModel
 
 SEED = int(os.environ.get("CRAIL_TEST_SEED", "20261120"))
-EXAMPLES = int(os.environ.get("CRAIL_TEST_LAB_MIXED_EXAMPLES", "2"))
-STEPS = 30
+EXAMPLES = int(os.environ.get("CRAIL_TEST_LAB_MIXED_EXAMPLES", "4"))
+STEPS = 50
 TURNS = 9
 FILE_BYTES = 3 * MIB + 17
 
