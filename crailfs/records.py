@@ -225,6 +225,8 @@ class BlockHeader(Record, frozen=True):
     ino: int
     file_block: int
     generation: int
+    """The sequence of the change that made it the file's: of two blocks for one place in a file,
+    the one with the higher was committed later."""
     stored_bytes: int
     visible_bytes: int
     """As in ``Extent``, of this block."""
@@ -242,6 +244,7 @@ class HeaderChange(Record, frozen=True):
     """0: the blocks are nobody's; the fields that follow mean nothing then."""
     file_block: int = 0
     generation: int = 0
+    """As in ``BlockHeader``."""
     tail_stored_bytes: int = 0
     tail_visible_bytes: int = 0
     """Both of the last block; the others are full."""

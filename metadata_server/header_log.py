@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from heapq import merge
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from crailfs.limits import HEADER_CHANGE_BLOCKS_MAX
 from crailfs.records import Extent, HeaderChange
 from metadata_server import free_space, schema
@@ -41,7 +43,7 @@ def publish(txn: Txn, ino: int, extent: Extent, regions: frozenset[int]) -> None
                 extent.block_count,
                 ino,
                 extent.file_block,
-                place.generation,
+                0,  # see ``page``
                 extent.tail_stored_bytes,
                 extent.tail_visible_bytes,
                 extent.checksums,
@@ -86,8 +88,10 @@ def page(txn: Txn, regions: Iterable[int], *, after: int, end_sequence: int, lim
         block_count += change.block_count
         if len(changes) == limit or (changes and block_count > HEADER_CHANGE_BLOCKS_MAX):
             return Page(tuple(changes), last_sequence, False)
-        changes.append(change)
         last_sequence = _sequence(key)
+        # Not that of the grant: a client may commit under an older grant what replaces what another
+        # one has committed under a newer one, and a salvage has to know which came last.
+        changes.append(replace(change, generation=last_sequence if change.ino else 0))
     return Page(tuple(changes), last_sequence, True)
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from dataclasses import dataclass
+from typing import Final
 
 from storage_server.region import Region
+
+MEDIA_ERRORS: Final = frozenset(
+    {errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO, errno.EBADMSG}
+)
+"""Those by which the kernel says that the medium is at fault (block/blk-core.c, ``blk_errors``),
+and not that there is no memory or no room at the moment."""
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +34,10 @@ class Where:
         return f"{action} {self.byte_count} bytes at {self.offset}"
 
 
-async def retire_failing(where: Where) -> bool:
+async def retire_failing(where: Where, problem: int) -> bool:
     """Read the blocks one by one, and retire those that the device does not deliver; if it delivers
-    all of them but did not take a write, those that were to be written. Whether there were any."""
+    all of them but did not take a write, which failed with the errno ``problem``, those that were
+    to be written. Whether there were any."""
     if not where.byte_count:
         return False
     region, size_bytes = where.region, where.region.medium.superblock.block_size_bytes
@@ -38,9 +47,10 @@ async def retire_failing(where: Where) -> bool:
     for block in blocks:
         try:
             await region.medium.read(block * size_bytes, buffer)
-        except OSError:
-            failing.add(block)
-    if where.writing and not failing:
+        except OSError as error:
+            if error.errno in MEDIA_ERRORS:
+                failing.add(block)
+    if where.writing and not failing and problem in MEDIA_ERRORS:
         failing.update(blocks)
     if failing:
         region.failed_blocks |= failing

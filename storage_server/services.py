@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -387,7 +388,7 @@ class Services:
         self.counters["device_errors"] += 1
         path = where.region.medium.path
         log.error("region %s, %s: %s", path, where, error.strerror)
-        await retire_failing(where)
+        await retire_failing(where, error.errno or errno.EIO)
         peer.reply_error(
             request_id,
             DamagedError(f"region {path}, {where}: {error.strerror}; check the device under it"),
@@ -403,7 +404,7 @@ class Services:
 
         async def look() -> None:
             where = Where(region, request.offset, request.byte_count, writing=request.writing)
-            if await retire_failing(where):
+            if await retire_failing(where, errno.EIO):
                 self.counters["device_errors"] += 1
             peer.reply(request_id, Empty())
 

@@ -34,7 +34,9 @@ def run(txn: Txn, request: FetchHeaderChanges, context: Context) -> HeaderChange
         for region, stored in stored_regions
         if stored.server_id == request.server_id and stored.info.keeps_headers and not stored.lost
     ]
-    space.free_cleared(txn, regions, request.applied_sequence)
+    # Nobody can have applied what was not told.
+    told = context.synced_header_changes - 1
+    space.free_cleared(txn, regions, min(request.applied_sequence, told))
     page = header_log.page(
         txn,
         regions,

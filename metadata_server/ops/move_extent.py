@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from crailfs.errors import ConflictError, InvalidError
 from crailfs.limits import EXTENT_BLOCKS_MAX
-from crailfs.records import DATA_KINDS, Extent
+from crailfs.records import DATA_KINDS, Attributes, Extent
 from crailfs.wire.messages import Empty, MoveExtent
 from metadata_server import extents, schema, space
 from metadata_server.context import Context
@@ -44,6 +44,10 @@ def run(txn: Txn, request: MoveExtent, context: Context) -> Empty:
         )
     check_extents(request.new, node.size, block_size_bytes)
     _check_copies(old, request.new, block_size_bytes)
+    if node.placement.pinned or not all(_allowed(txn, node, extent) for extent in request.new):
+        raise ConflictError(
+            f"inode {node.ino} is pinned, or its storage class does not allow the tier: it stays"
+        )
     if node.synced and _outlives(txn, old) and not all(_outlives(txn, e) for e in request.new):
         raise InvalidError(
             f"inode {node.ino} was made durable: it is not moved to where a power cut takes it"
@@ -70,6 +74,16 @@ def _check_copies(old: Extent, new: tuple[Extent, ...], block_size_bytes: int) -
             f"the copies of blocks {old.file_block} to {extents.end_of(old) - 1} differ from them "
             f"at block {next_block}"
         )
+
+
+def _allowed(txn: Txn, node: Attributes, extent: Extent) -> bool:
+    """Whether the node's class, which may have been set meanwhile, has room for the extent."""
+    allowed = node.placement.storage_class
+    values = (txn.get(schema.REGIONS, schema.region_key(p.region)) for p in extent.replicas)
+    return all(
+        value is not None and allowed.first <= schema.decode_region(value).info.tier <= allowed.last
+        for value in values
+    )
 
 
 def _outlives(txn: Txn, extent: Extent) -> bool:

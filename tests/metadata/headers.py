@@ -40,8 +40,8 @@ from tests.support.headers import MemoryHeaders
 
 BLOCKS = 64
 
-Blocks = dict[tuple[int, int], tuple[int, int, int, int, int, int]]
-"""(region, block) -> inode, file block, generation, stored bytes, visible bytes, checksum."""
+Blocks = dict[tuple[int, int], tuple[int, int, int, int, int]]
+"""(region, block) -> inode, file block, stored bytes, visible bytes, checksum."""
 
 
 class Headered(NameSpace):
@@ -181,7 +181,6 @@ class Headered(NameSpace):
                     found[place.region, place.block + index] = (
                         ino,
                         extent.file_block + index,
-                        place.generation,
                         extent.tail_stored_bytes if is_last else BLOCK_SIZE_BYTES,
                         extent.tail_visible_bytes if is_last else BLOCK_SIZE_BYTES,
                         int.from_bytes(extent.checksums[8 * index : 8 * index + 8], "little"),
@@ -196,7 +195,6 @@ class Headered(NameSpace):
             (region, header.block): (
                 header.ino,
                 header.file_block,
-                header.generation,
                 header.stored_bytes,
                 header.visible_bytes,
                 header.checksum,

@@ -11,12 +11,15 @@ import pytest
 
 from crailfs.errors import CrailError, InvalidError, NoSpaceError, TryAgainError
 from crailfs.limits import HEADER_CHANGES_MAX
-from crailfs.records import RegionInfo, StorageServerInfo, Tier
+from crailfs.records import ANY_TIER, Extent, Location, RegionInfo, StorageServerInfo, Tier
 from crailfs.wire.messages import (
+    CommitFile,
     EndSalvage,
     FetchHeaderChanges,
     GetClusterMap,
     GetStatistics,
+    Grant,
+    GrantBlocks,
     Opcode,
     RegisterStorage,
 )
@@ -50,10 +53,25 @@ def test_headers_follow_commits_truncations_and_removals(headered: Headered) -> 
     headered.set(ino, size=4 * BLOCK_SIZE_BYTES + 7)
     headered.follow()
     assert headered.headers() == headered.owned() and len(headered.owned()) == 5
-    assert [b[4] for b in headered.owned().values()].count(7) == 1
+    assert [b[3] for b in headered.owned().values()].count(7) == 1
     headered.remove(b"file", not_open=ino)
     headered.follow()
     assert headered.headers() == {} and headered.free_blocks == 2 * BLOCKS
+
+
+def test_of_two_headers_for_one_place_the_one_committed_later_is_known(headered: Headered) -> None:
+    """Even if its blocks were granted earlier than those that it replaces."""
+    ino = headered.create(b"file").ino
+    early: Grant = headered.do(Opcode.GRANT_BLOCKS, GrantBlocks(ANY_TIER, "", "host", 1, 1))
+    headered.put(ino, BLOCK_SIZE_BYTES)
+    (run,) = early.runs
+    place = Location(run.region, run.block, run.generation)
+    late = Extent(0, 1, BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES, (place,), b"\0" * 8)
+    headered.do(Opcode.COMMIT_FILE, CommitFile(ino, (late,), (), 0, headered.clock()))
+    headered.sync()
+    first, second = (change for change in headered.fetch().changes if change.ino)
+    assert second.block == run.block
+    assert second.generation > first.generation
 
 
 def test_a_freed_block_waits_until_its_header_is_clear(headered: Headered) -> None:

@@ -441,6 +441,25 @@ def test_part_of_an_extent_that_has_grown_since_can_move(tiers: Tiers) -> None:
     assert (rest.file_block, rest.block_count, rest.checksums) == (2, 2, old.checksums[16:])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [(b"user.crail.pin", b"true"), (b"user.crail.storage_class", b"memory")]
+)
+def test_what_was_pinned_or_bound_to_its_tier_meanwhile_stays(
+    tiers: Tiers, name: bytes, value: bytes
+) -> None:
+    file = tiers.file(1, 8, Tier.MEMORY)
+    (old,) = tiers.extents(file)
+    copies = tiers.copies_of(old, Tier.DISK)
+    tiers.client_id = 7
+    tiers.set_xattr(file, name, value)
+    tiers.client_id = MOVER
+    with pytest.raises(ConflictError, match="it stays"):
+        tiers.do(Opcode.MOVE_EXTENT, MoveExtent(file, old, copies))
+    assert tiers.extents(file) == (old,)
+    for copy in copies:
+        give_back(tiers, copy)
+
+
 @pytest.mark.parametrize("change", ["rewritten", "cut", "removed"])
 def test_what_changed_meanwhile_is_a_conflict(tiers: Tiers, change: str) -> None:
     file = tiers.file(1, 4, Tier.MEMORY)

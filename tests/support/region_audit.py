@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from typing import NamedTuple
 
 import trio
+from msgspec.structs import replace
 from xxhash import xxh3_64_intdigest
 
 from crailfs.cli.operator import connected
@@ -135,7 +136,8 @@ async def _headers(storage: RpcClient, region: int, block_count: int) -> set[Blo
     while block < block_count:
         page = await storage.call(Opcode.READ_HEADERS, ReadHeaders(region, block, HEADER_PAGE_MAX))
         assert isinstance(page, HeaderPage)
-        found |= set(page.headers)
+        # Extents do not know the sequence under which a header says the same.
+        found |= {replace(header, generation=0) for header in page.headers}
         block = page.next_block
     return found
 
@@ -174,7 +176,7 @@ def _blocks_of(ino: int, extent: Extent, block_size_bytes: int) -> list[OwnedBlo
                 place.block + index,
                 ino,
                 extent.file_block + index,
-                place.generation,
+                0,
                 extent.tail_stored_bytes if is_last else block_size_bytes,
                 extent.tail_visible_bytes if is_last else block_size_bytes,
                 checksum,
