@@ -134,6 +134,7 @@ class LoopDevice:
 
     def __init__(self, content: bytearray, file: Path) -> None:
         file.write_bytes(content)
+        _run("modprobe", "loop")
         self._path = _run("losetup", "--find", "--show", "--direct-io=off", str(file)).strip()
 
     def __enter__(self) -> Path:
