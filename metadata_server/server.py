@@ -72,12 +72,17 @@ async def _tick(handler: MetadataHandler, timings: Timings) -> None:
 
 async def _expire_nodes(handler: MetadataHandler) -> None:
     """In steps of a few milliseconds, most of the time asleep."""
+    problem = ""
     while True:
         more = False
         try:
             more = handler.expire_nodes()
-        except CrailError:
-            log.exception("nodes whose time to live is over could not be removed; trying again")
+        except CrailError as error:
+            if error.message != problem:
+                log.error("nothing whose time to live is over is removed: %s", error.message)
+            problem = error.message
+        else:
+            problem = ""
         await trio.sleep(_EXPIRY_BUSY_S if more else _EXPIRY_IDLE_S)
 
 
