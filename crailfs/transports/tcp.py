@@ -125,7 +125,9 @@ class TcpTransport:
         )
 
     async def flush(self, region: int) -> bool:
-        reply = await self.call(Opcode.FLUSH_REGION, FlushRegion(region))
+        reply = await self._retrying(
+            partial(self._open_client.call, Opcode.FLUSH_REGION, FlushRegion(region))
+        )
         if not isinstance(reply, FlushReply):
             raise ProtocolError("the storage server answered a flush with something else")
         return reply.durable
@@ -152,15 +154,16 @@ class TcpTransport:
             partial(self._open_client.call, Opcode.WRITE_BLOCKS, request, payload=data)
         )
 
-    async def _retrying(self, call: Callable[..., Awaitable[Message]]) -> None:
-        """A server whose disks are behind asks to try again later: this is done until the
-        deadline."""
+    async def _retrying(self, call: Callable[..., Awaitable[Message]]) -> Message:
+        """A server whose disks are behind, or that has just been started, asks to try again later:
+        this is done until the deadline."""
         deadline_s = trio.current_time() + self._timeout_ms / 1000
         delay_s = RETRY_DELAY_MIN_S
         while True:
             try:
-                await call(deadline_ms=max(1, int((deadline_s - trio.current_time()) * 1000)))
-                return
+                return await call(
+                    deadline_ms=max(1, int((deadline_s - trio.current_time()) * 1000))
+                )
             except TryAgainError:
                 if trio.current_time() + delay_s >= deadline_s:
                     raise
