@@ -69,6 +69,8 @@ async def check_headers(medium: Medium) -> int:
     """Each block that is some file's by the region's own headers has the bytes of its checksum.
     Returns how many there are."""
     headers = await stored_headers(medium)
+    places = {(header.ino, header.file_block, header.generation) for header in headers}
+    assert len(places) == len(headers), f"{medium.path}: two blocks for one place in a file"
     buffer = memoryview(bytearray(medium.superblock.block_size_bytes))
     for header in headers:
         stored = buffer[: header.stored_bytes]
