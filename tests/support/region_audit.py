@@ -79,11 +79,6 @@ async def check_headers(medium: Medium) -> int:
     return len(headers)
 
 
-async def audit(config: ClientConfig) -> AuditReply:
-    async with connected(config.metadata, config) as metadata:
-        return await _audit(metadata)
-
-
 async def check_ownership(filesystem: FileSystem, config: ClientConfig) -> int:
     """With nobody writing: the metadata server finds its tables in order, no block is in two
     extents, and once the regions' headers have followed they say exactly what the extents do.
