@@ -7,9 +7,11 @@ named as those of the control connection are.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ipaddress
+import os
 import socket
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -96,23 +98,56 @@ class Device:
         with plain_errors(f"registering memory with {self.port.device}"):
             return self.verbs.mr.MR(self.domain, byte_count, access, address=address)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the device still answers: one may be taken out, and put in again."""
+        try:
+            self.context.query_port(self.port.number)
+        except self.verbs.error:
+            return False
+        return True
+
+    def close(self) -> None:
+        """After it nothing that was made with the device works any more, nor does any harm."""
+        with contextlib.suppress(self.verbs.error):
+            self.context.close()
+
     def _register_buffer(self, address: int, byte_count: int) -> Registration:
         region = self.register(address, byte_count, self.verbs.enums.IBV_ACCESS_LOCAL_WRITE)
         return Registration(region.lkey, region)
 
 
-_opened: weakref.WeakValueDictionary[Port, Device] = weakref.WeakValueDictionary()
+_opened: Final[dict[Port, Device]] = {}
+_gone: Final[list[Device]] = []
+"""Opened once, and not there any more."""
 
 
 def open_device(name: str, near: str = "") -> Device:
-    """The device of ``find_port``, the same for all of this process that use it; closed when the
-    last of them drops it. Raises ``UnavailableError``."""
+    """The device of ``find_port``, the same for all of this process that use it.
+
+    It stays open until the process ends: what was made with a device must go before it, and the
+    garbage collector, given all of it at once, does not keep to that order but crashes.
+
+    Raises ``UnavailableError``.
+    """
     load()
     port = find_port(name, near)
     device = _opened.get(port)
+    if device is not None and not device.is_there:
+        _gone.append(_opened.pop(port))
+        device = None
     if device is None:
+        if not _opened and not _gone:
+            atexit.register(_close_all, os.getpid())
         device = _opened[port] = Device(port)
     return device
+
+
+def _close_all(opened_by: int) -> None:
+    if os.getpid() != opened_by:
+        return  # a child process: they are its parent's
+    for device in (*_opened.values(), *_gone):
+        device.close()
 
 
 def _active_ports(device: str | None) -> Iterator[Port]:
