@@ -63,7 +63,8 @@ apt_install() {
 
 install_debian_packages() {
     local package missing=()
-    for package in fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv; do
+    for package in fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
+        libpmem1 libpmemobj1; do
         dpkg-query --show --showformat='${Status}\n' "$package" 2>/dev/null |
             grep -q ' installed$' || missing+=("$package")
     done
