@@ -44,7 +44,7 @@ def read(seed: int) -> Plan:
         Run(
             name=one["name"],
             guests=one.get("guests", 1),
-            arguments=["-q", *one["tests"]],
+            arguments=["-v", *one["tests"]],
             limit_s=one["limit_s"],
             fsdax=one.get("fsdax", False),
         )
