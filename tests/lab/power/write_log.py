@@ -109,15 +109,15 @@ class Replay:
             _apply(self.content, entry)
         self.position = position
 
-    def torn(self, choose: random.Random) -> bytearray:
+    def torn(self, choose: random.Random, atom_bytes: int) -> bytearray:
         """The content when the power fails before the next flush is done: with some of the writes
-        that the flush was for, each as a whole or up to one of its sectors."""
+        that the flush was for, each as a whole or up to a multiple of ``atom_bytes``."""
         content = bytearray(self.content)
         for entry in self._entries[self.position :]:
             if entry.flags & MARK:
                 break
             kept = choose.choice((0, 1, 1, choose.random()))
-            whole = int(len(entry.data) * kept) // SECTOR_BYTES * SECTOR_BYTES
+            whole = int(len(entry.data) * kept) // atom_bytes * atom_bytes
             _apply(content, Entry(entry.offset, entry.flags, entry.data[:whole], ""))
             if entry.flags & (FLUSH | FUA):
                 break
