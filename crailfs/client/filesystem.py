@@ -148,6 +148,8 @@ class FileSystem(NameSpace):
 
         Raises ``StaleError`` if the node is gone, ``InvalidError`` if it holds no data.
         """
+        if self._said_not_open:
+            await self._wait_for_removals(ino)
         state = self._files.get(ino)
         if state is None:
             state = self._files[ino] = FileState(self.cache.pin(ino), self.block_size_bytes)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
 
 from crailfs.client.cache import ABSENT, Entry
 from crailfs.client.file_state import FileState
@@ -50,6 +55,9 @@ class NameSpace:
         self._session = session
         self._listings = Listings(session.cache)
         self._files: dict[int, FileState] = {}
+        self._said_not_open: Counter[int] = Counter()
+        """Inodes in requests under way that remove them if they are not open anywhere."""
+        self._removals_ended = trio.lowlevel.ParkingLot()
         """Inodes that are open here."""
 
     # --- attributes -------------------------------------------------------------------------
@@ -208,9 +216,10 @@ class NameSpace:
 
         A file that is open somewhere lives on until it is closed.
         """
-        request = RemoveNode(parent, name, directory, self._not_open(parent, name))
-        ticket = self.cache.ticket()
-        reply: RemoveReply = await self._session.call(Opcode.REMOVE_NODE, request)
+        with self._not_opened(parent, name) as not_open:
+            request = RemoveNode(parent, name, directory, not_open)
+            ticket = self.cache.ticket()
+            reply: RemoveReply = await self._session.call(Opcode.REMOVE_NODE, request)
         self.cache.change_entries(parent, {name: ABSENT}, ticket, reply.parent)
         await self._lost_name(reply.ino, reply.held, gone=reply.nlink == 0)
 
@@ -224,10 +233,10 @@ class NameSpace:
     ) -> None:
         """Replaces what ``new_name`` was, as far as POSIX allows; ``flags`` say otherwise."""
         target = self.cache.entry(new_parent, new_name)
-        not_open = self._not_open(new_parent, new_name)
-        request = RenameNode(parent, name, new_parent, new_name, flags, not_open)
-        ticket = self.cache.ticket()
-        reply: RenameReply = await self._session.call(Opcode.RENAME_NODE, request)
+        with self._not_opened(new_parent, new_name) as not_open:
+            request = RenameNode(parent, name, new_parent, new_name, flags, not_open)
+            ticket = self.cache.ticket()
+            reply: RenameReply = await self._session.call(Opcode.RENAME_NODE, request)
         moved = reply.moved
         former: Entry | None
         if flags & RenameFlag.EXCHANGE:
@@ -280,10 +289,28 @@ class NameSpace:
             page.complete,
         )
 
-    def _not_open(self, parent: int, name: bytes) -> int:
-        """The inode that ``name`` is thought to be, if it is not open here."""
+    @contextmanager
+    def _not_opened(self, parent: int, name: bytes) -> Iterator[int]:
+        """The inode that ``name`` is thought to be, if it is not open here: nor will it be before
+        the end of the block, after which nothing that was remembered of it counts."""
         entry = self.cache.entry(parent, name)
-        return 0 if entry is None or entry.ino in self._files else entry.ino
+        if entry is None or not entry.ino or entry.ino in self._files:
+            yield 0
+            return
+        self._said_not_open[entry.ino] += 1
+        try:
+            yield entry.ino
+        finally:
+            self.cache.invalidate(entry.ino)
+            self._said_not_open[entry.ino] -= 1
+            if not self._said_not_open[entry.ino]:
+                del self._said_not_open[entry.ino]
+            self._removals_ended.unpark_all()
+
+    async def _wait_for_removals(self, ino: int) -> None:
+        """Until no request is under way that says that ``ino`` is not open here."""
+        while self._said_not_open and ino in self._said_not_open:
+            await self._removals_ended.park()
 
     async def _lost_name(self, ino: int, held: bool, *, gone: bool) -> None:
         self.cache.invalidate(ino)

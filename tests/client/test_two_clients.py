@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,17 @@ async def test_the_kernel_is_told_before_the_change_is_acknowledged(tmp_path: Pa
             proceed.set()
         assert Invalidation(file.ino, b"", False) in told
         await file.close()
+
+
+async def test_what_is_opened_while_it_is_removed_can_be_read_or_is_gone(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster, cluster.client() as client:
+        file = await create(client)
+        await file.write(0, b"here")
+        await file.close()
+        await client.attributes(file.ino)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(client.remove, ROOT_INODE, b"file", directory=False))
+            while client.cached_attributes(file.ino) and not client._said_not_open:
+                await trio.lowlevel.checkpoint()  # until the request is on its way
+            with pytest.raises(StaleError):
+                await client.open(file.ino)  # it would promise bytes that are going
