@@ -299,6 +299,7 @@ async def test_what_is_opened_while_it_is_removed_can_be_read_or_is_gone(tmp_pat
         file = await create(client)
         await file.write(0, b"here")
         await file.close()
+        await client.lookup(ROOT_INODE, b"file")
         await client.attributes(file.ino)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(client.remove, ROOT_INODE, b"file", directory=False))
