@@ -44,6 +44,7 @@ def shown(cluster: TwoHosts) -> dict[str, str]:
     done = run_crail("status", "--config", str(cluster.configuration), timeout_s=60)
     assert done.returncode == 0, done.stderr
     assert re.search(r"region \d+: pmem, .*devdax.*, durable", done.stdout), done.stdout
+    print(done.stdout, (cluster.directory / "rdma.log").read_text()[-2000:], sep="\n")
     return dict(re.findall(r"client \w+ \(.*\): (\w+), (.*)", done.stdout))
 
 
