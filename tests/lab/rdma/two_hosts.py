@@ -88,9 +88,11 @@ class TwoHosts:
         process.wait_for('"ready"', timeout_s=90)
 
     def stop(self, name: str) -> None:
-        with self.running.pop(name) as process:
-            process.signal(signal.SIGTERM)
-            assert process.wait(60) == 0, process.output()[-3000:]
+        process = self.running[name]
+        process.signal(signal.SIGTERM)
+        assert process.wait(60) == 0, process.output()[-3000:]
+        with self.running.pop(name):
+            pass  # it has ended; what ends here is the way to it
 
     def kill(self, name: str) -> None:
         with self.running.pop(name) as process:
@@ -110,8 +112,13 @@ class TwoHosts:
         options = ["--config", str(self.configuration)]
         for setting in (f"client.transports={names}", *settings):
             options += ["--set", setting]
-        with mounted(mountpoint, options, self.directory / f"{mountpoint.name}.log") as process:
-            yield process
+        log = self.directory / f"{mountpoint.name}.log"
+        with mounted(mountpoint, options, log) as process:
+            try:
+                yield process
+            except BaseException:
+                print(f"{mountpoint}: {log.read_text()[-3000:]}")
+                raise
 
     def storage_status(self) -> StorageStatusReply:
         async def ask() -> object:
