@@ -27,7 +27,8 @@ WHOLE_LIMIT_S = 1200
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/lab", description=__doc__)
     parser.add_argument("--host", type=Path, metavar="FILE", help="devices of this host to use")
-    parser.set_defaults(results=RESULTS, seed=secrets.randbits(32))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a directory")
+    parser.set_defaults(seed=secrets.randbits(32))
     commands = parser.add_subparsers(dest="command")
     for name, text in (
         ("run", "run a pytest selection in a guest"),
@@ -58,20 +59,20 @@ def _common(command: argparse.ArgumentParser, name: str) -> None:
 
 
 def main() -> int:
-    try:
-        return _main()
-    except Unavailable as why:
-        line = f"lab: skipped: {why}. Not tested: PMem, NVMe, RDMA between hosts, power loss."
-        print(line)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / plan.SUMMARY).write_text(f"{line}\n")
-        return 0
-
-
-def _main() -> int:
     # As with an interrupt: what has been started is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments = _parser().parse_args()
+    try:
+        return _run(arguments)
+    except Unavailable as why:
+        line = f"lab: skipped: {why}. Not tested: PMem, NVMe, RDMA between hosts, power loss."
+        print(line)
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        (arguments.results / plan.SUMMARY).write_text(f"{line}\n")
+        return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "image":
         print(image.ensure(rebuild=arguments.rebuild).directory)
         return 0

@@ -59,7 +59,11 @@ def on_this_host(devices: dict[str, str], run: runs.Run, results: Path) -> int:
     """Runs ``run`` here; returns its exit code, or 1 if it was not done in time."""
     directory = runs.fresh_directory(results, run.name)
     report = results / f"{run.name}.xml"
-    command = [] if run.plain else [sys.executable, *runs.PYTEST[1:], f"--junitxml={report}"]
+    command = (
+        []
+        if run.plain
+        else [sys.executable, *runs.PYTEST[1:], *runs.suite(run), f"--junitxml={report}"]
+    )
     try:
         done = subprocess.run(
             [*command, *run.arguments],

@@ -38,6 +38,11 @@ class Run:
     """``arguments`` are a command of its own, not pytest's."""
 
 
+def suite(run: Run) -> list[str]:
+    """pytest's option that names the report's suite after the run."""
+    return ["-o", f"junit_suite_name={run.name}"]
+
+
 class Output:
     """Writes what a guest says to its log and to standard output."""
 
@@ -67,7 +72,7 @@ def in_guests(image: Image, run: Run, results: Path) -> int:
     began = time.monotonic()
     directory = fresh_directory(results, run.name)
     report = results / f"{run.name}.xml"
-    pytest = [] if run.plain else [*PYTEST, "--junitxml=/lab/out/junit.xml"]
+    pytest = [] if run.plain else [*PYTEST, *suite(run), "--junitxml=/lab/out/junit.xml"]
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(scratch.directory())
         source.make_disk(image, files / "source.img")

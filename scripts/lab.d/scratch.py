@@ -17,7 +17,7 @@ def directory() -> Iterator[Path]:
     """A new directory. Those of killed runs, which may hold gigabytes, are removed first."""
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
         owner = left.name.removeprefix(_PREFIX).partition("-")[0]
-        if not Path("/proc", owner).exists():
+        if owner.isdigit() and not Path("/proc", owner).exists():
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-") as made:
         yield Path(made)

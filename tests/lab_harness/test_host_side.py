@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -14,10 +15,11 @@ LAB = ROOT / "scripts/lab.d"
 CONSENT = "i_know_that_these_devices_are_overwritten = true\n"
 
 
-def lab(*arguments: str) -> subprocess.CompletedProcess[str]:
+def lab(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(LAB), *arguments],
         check=False,
+        env=os.environ | ({} if path is None else {"PATH": path}),
         capture_output=True,
         text=True,
         timeout=100,
@@ -81,6 +83,15 @@ def test_a_run_on_real_devices_that_hangs_is_told(tmp_path: Path) -> None:
     failure = ElementTree.parse(tmp_path / "exec.xml").getroot().find(".//failure")
     assert failure is not None
     assert "not done within" in str(failure.get("message"))
+
+
+def test_without_qemu_one_line_says_what_was_not_tested(tmp_path: Path) -> None:
+    done = lab("--results", str(tmp_path), path="/nowhere")
+    assert done.returncode == 0
+    assert done.stdout.count("\n") == 1
+    assert "qemu-system-x86" in done.stdout
+    assert "Not tested: PMem, NVMe, RDMA" in done.stdout
+    assert (tmp_path / "summary.txt").read_text() == done.stdout
 
 
 def test_every_path_of_the_plan_exists() -> None:
