@@ -9,11 +9,12 @@ from typing import Final
 
 from storage_server.region import Region
 
-MEDIA_ERRORS: Final = frozenset(
-    {errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO, errno.EBADMSG}
+PASSING_ERRORS: Final = frozenset(
+    {errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR, errno.ECANCELED, errno.EBADF}
+    | {errno.ENOSPC, errno.EDQUOT}
 )
-"""Those by which the kernel says that the medium is at fault (block/blk-core.c, ``blk_errors``),
-and not that there is no memory or no room at the moment."""
+"""Those that say that there is no memory or room at the moment, or that the region is being closed,
+and nothing of the medium."""
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ async def retire_failing(where: Where, problem: int) -> bool:
         try:
             await region.medium.read(block * size_bytes, buffer)
         except OSError as error:
-            if error.errno in MEDIA_ERRORS:
+            if error.errno not in PASSING_ERRORS:
                 failing.add(block)
-    if where.writing and not failing and problem in MEDIA_ERRORS:
+    if where.writing and not failing and problem not in PASSING_ERRORS:
         failing.update(blocks)
     if failing:
         region.failed_blocks |= failing
