@@ -94,6 +94,8 @@ class FileState:
         self.allocation_blocks = 1
         self.unflushed_regions: set[int] = set()
         """Written since the last fsync."""
+        self.flushed_version = -1
+        """The ``data_version`` as of which all that is committed was flushed from here."""
         self.failure: CrailError | None = None
         """To be raised once by the next operation."""
         self.in_flight = 0

@@ -234,18 +234,35 @@ class Writer:
     async def sync(self, state: FileState) -> None:
         """Commit, and make bytes and commit as durable as the file's tiers can."""
         await self._finish(state)
-        regions, state.unflushed_regions = state.unflushed_regions, set()
+        committed_regions, version = await self._committed_regions(state)
+        regions, state.unflushed_regions = state.unflushed_regions | committed_regions, set()
         try:
             await self._io.flush(regions)
         except BaseException:
             state.unflushed_regions |= regions
             raise
+        state.flushed_version = version
         if state.pending:
             await self.commit(state, durable=True)
         elif state.node.attributes is not None and state.node.attributes.synced:
             await self._session.call(Opcode.SYNC_METADATA, SyncMetadata())
         else:
             await self._commit_nothing(state)
+
+    async def _committed_regions(self, state: FileState) -> tuple[set[int], int]:
+        """Where committed bytes lie that nobody may have flushed yet, and the version of the file
+        that this is about: another client may have written them, or this one before it closed the
+        file and opened it again."""
+        blocks = await self._reader.blocks(state, 0, FILE_SIZE_MAX_BYTES)
+        attributes = state.node.attributes
+        assert attributes is not None
+        if attributes.data_version == state.flushed_version:
+            return set(), attributes.data_version
+        end_block = blocks_for(attributes.size, self._block_size_bytes)
+        regions = {
+            place.region for extent in blocks.overlapping(0, end_block) for place in extent.replicas
+        }
+        return regions, attributes.data_version
 
     async def commit(self, state: FileState, *, durable: bool = False) -> None:
         """Publish everything that is pending.

@@ -14,7 +14,16 @@ from crailfs.errors import NotFoundError, StaleError
 from crailfs.records import NodeKind
 from crailfs.units import ROOT_INODE
 from crailfs.wire.messages import Invalidation, RenameFlag
-from tests.client.helpers import BLOCK, MEMORY_ONLY, content, create, free_blocks, open_by_name
+from storage_server.media.disk import DiskMedium
+from tests.client.helpers import (
+    BLOCK,
+    DISK_ONLY,
+    MEMORY_ONLY,
+    content,
+    create,
+    free_blocks,
+    open_by_name,
+)
 from tests.support.cluster import running_cluster
 
 
@@ -307,3 +316,33 @@ async def test_what_is_opened_while_it_is_removed_can_be_read_or_is_gone(tmp_pat
                 await trio.lowlevel.checkpoint()  # until the request is on its way
             with pytest.raises(StaleError):
                 await client.open(file.ino)  # it would promise bytes that are going
+
+
+@pytest.mark.parametrize("writer", ["this client, before it opened the file anew", "another"])
+async def test_fsync_flushes_what_was_written_through_other_handles(
+    tmp_path: Path, writer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[object] = []
+    flush = DiskMedium.flush
+
+    async def counted(medium: DiskMedium) -> bool:
+        flushed.append(medium)
+        return await flush(medium)
+
+    monkeypatch.setattr(DiskMedium, "flush", counted)
+    async with (
+        running_cluster(tmp_path) as cluster,
+        cluster.client("tcp") as here,
+        cluster.client("tcp") as elsewhere,
+    ):
+        writing = elsewhere if writer == "another" else here
+        file = await create(writing, storage_class=DISK_ONLY)
+        await file.write(0, b"to be kept")
+        await file.close()
+        assert not flushed
+        again = await open_by_name(here)
+        await again.fsync()
+        assert len(flushed) == 1
+        await again.fsync()
+        assert len(flushed) == 1, "nothing has changed since"
+        await again.close()
