@@ -242,6 +242,7 @@ class Writer:
             state.unflushed_regions |= regions
             raise
         state.flushed_version = version
+        state.raise_failure()  # the session may have ended meanwhile, and with it what was pending
         if state.pending:
             await self.commit(state, durable=True)
         elif state.node.attributes is not None and state.node.attributes.synced:
