@@ -50,7 +50,7 @@ class PendingBlock:
         self.hasher: xxhash.xxh3_64 | None = None
         """Of the stored bytes as long as they arrive in order."""
         self.buffer: bytearray | None = None
-        """Remote blocks: the stored bytes, not yet sent."""
+        """Where nothing is written in place: the stored bytes, not yet sent."""
 
     @property
     def run(self) -> Run:
@@ -93,9 +93,10 @@ class FileState:
         self.taken_blocks = 0
         self.allocation_blocks = 1
         self.unflushed_regions: set[int] = set()
-        """Written since the last fsync."""
+        """Where bytes lie that the next fsync has to flush."""
         self.flushed_version = -1
-        """The ``data_version`` as of which all that is committed was flushed from here."""
+        """The ``data_version`` as of which all that is committed was flushed from here or lies in
+        ``unflushed_regions``."""
         self.failure: CrailError | None = None
         """To be raised once by the next operation."""
         self.in_flight = 0

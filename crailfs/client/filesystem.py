@@ -31,12 +31,9 @@ from crailfs.errors import (
     UnavailableError,
 )
 from crailfs.records import DATA_KINDS, Attributes, Extent, Run
-from crailfs.units import blocks_for
 from crailfs.wire.messages import (
     ClusterMap,
-    ExtentPage,
     GetClusterMap,
-    GetExtents,
     GetStatistics,
     GetStatus,
     Grant,
@@ -55,7 +52,6 @@ log = logging.getLogger(__name__)
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _USED_MAX: Final = 4_096
-_EXTENT_BLOCKS_ASKED: Final = 1 << 40
 _CLOSE_SECONDS: Final = 5.0
 """How long leaving ``FileSystem.connect`` goes on committing what is open."""
 
@@ -213,15 +209,7 @@ class FileSystem(NameSpace):
 
         Raises ``InvalidError`` if the node holds no data.
         """
-        found: list[Extent] = []
-        next_block = end_block = 0
-        while next_block < max(end_block, 1):
-            request = GetExtents(ino, next_block, _EXTENT_BLOCKS_ASKED)
-            page: ExtentPage = await self._session.call(Opcode.GET_EXTENTS, request)
-            found += page.extents
-            next_block = page.next_block
-            end_block = blocks_for(page.attributes.size, self.block_size_bytes)
-        return found
+        return [extent async for page in self.reader.pages(ino) for extent in page.extents]
 
     def _take_used_inodes(self) -> list[int]:
         """What is open, and what was open since the last call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, TypeAlias
 
 import trio
@@ -22,6 +22,7 @@ from crailfs.errors import (
     TryAgainError,
     UnavailableError,
 )
+from crailfs.limits import FILE_SIZE_MAX_BYTES
 from crailfs.records import Extent, Location
 from crailfs.units import blocks_for
 from crailfs.wire.messages import ExtentPage, GetExtents, Opcode
@@ -113,10 +114,19 @@ class Reader:
         """What the metadata server says now, for these blocks alone."""
         blocks = BlockMap(self._block_size_bytes)
         while first_block < end_block:
-            page = await self._ask(state.ino, first_block, end_block - first_block)
+            block_count = min(end_block - first_block, _FETCH_BLOCKS_MAX)
+            page = await self._ask(state.ino, first_block, block_count)
             blocks.learn(first_block, page.next_block, page.extents)
             first_block = page.next_block
         return blocks
+
+    async def pages(self, ino: int) -> AsyncIterator[ExtentPage]:
+        """What the metadata server says of the whole file, which may be too much to remember."""
+        first_block, end_block = 0, blocks_for(FILE_SIZE_MAX_BYTES, self._block_size_bytes)
+        while first_block < end_block:
+            page = await self._ask(ino, first_block, end_block - first_block)
+            yield page
+            first_block = page.next_block
 
     async def read_block(self, extent: Extent, file_block: int) -> Buffer:
         """One committed block's visible bytes, verified."""
@@ -131,7 +141,7 @@ class Reader:
 
     async def _ask(self, ino: int, first_block: int, block_count: int) -> ExtentPage:
         page: ExtentPage = await self._session.call(
-            Opcode.GET_EXTENTS, GetExtents(ino, first_block, min(block_count, _FETCH_BLOCKS_MAX))
+            Opcode.GET_EXTENTS, GetExtents(ino, first_block, block_count)
         )
         if page.next_block <= first_block:
             raise CrailError(f"the metadata server's map of inode {ino} does not advance")
@@ -140,7 +150,7 @@ class Reader:
     async def _fetch(self, state: FileState, first_block: int, block_count: int) -> None:
         cache = self._session.cache
         ticket = cache.ticket()
-        page = await self._ask(state.ino, first_block, block_count)
+        page = await self._ask(state.ino, first_block, min(block_count, _FETCH_BLOCKS_MAX))
         node = cache.store(page.attributes, ticket)
         if node is None:
             return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 import trio
@@ -233,15 +234,11 @@ class Writer:
 
     async def sync(self, state: FileState) -> None:
         """Commit, and make bytes and commit as durable as the file's tiers can."""
+        if state.uncertain:
+            await self._resolve_uncertain(state)
         await self._finish(state)
-        committed_regions, version = await self._committed_regions(state)
-        regions, state.unflushed_regions = state.unflushed_regions | committed_regions, set()
-        try:
-            await self._io.flush(regions)
-        except BaseException:
-            state.unflushed_regions |= regions
-            raise
-        state.flushed_version = version
+        await self._note_committed(state)
+        await self._flush(state)
         state.raise_failure()  # the session may have ended meanwhile, and with it what was pending
         if state.pending:
             await self.commit(state, durable=True)
@@ -250,20 +247,31 @@ class Writer:
         else:
             await self._commit_nothing(state)
 
-    async def _committed_regions(self, state: FileState) -> tuple[set[int], int]:
-        """Where committed bytes lie that nobody may have flushed yet, and the version of the file
-        that this is about: another client may have written them, or this one before it closed the
-        file and opened it again."""
-        blocks = await self._reader.blocks(state, 0, FILE_SIZE_MAX_BYTES)
+    async def _note_committed(self, state: FileState) -> None:
+        """Committed bytes that nobody may have flushed yet are to be flushed as well: another
+        client may have written them, or this one before it closed the file and opened it again."""
+        blocks = await self._reader.blocks(state, 0, 0)
         attributes = state.node.attributes
         assert attributes is not None
-        if attributes.data_version == state.flushed_version:
-            return set(), attributes.data_version
+        version = attributes.data_version
+        if version == state.flushed_version:
+            return
         end_block = blocks_for(attributes.size, self._block_size_bytes)
-        regions = {
-            place.region for extent in blocks.overlapping(0, end_block) for place in extent.replicas
-        }
-        return regions, attributes.data_version
+        if blocks.knows(0, end_block):
+            state.unflushed_regions |= _regions_of(blocks.overlapping(0, end_block))
+        else:
+            # What is committed while the pages come is in them, or belongs to a later version.
+            async for page in self._reader.pages(state.ino):
+                state.unflushed_regions |= _regions_of(page.extents)
+        state.flushed_version = version
+
+    async def _flush(self, state: FileState) -> None:
+        regions, state.unflushed_regions = state.unflushed_regions, set()
+        try:
+            await self._io.flush(regions)
+        except BaseException:
+            state.unflushed_regions |= regions
+            raise
 
     async def commit(self, state: FileState, *, durable: bool = False) -> None:
         """Publish everything that is pending.
@@ -276,6 +284,8 @@ class Writer:
         merges = 0
         while state.pending:
             await self._finish(state)
+            if durable and merges:
+                await self._flush(state)
             if not state.pending:
                 break
             batch = first_batch(state.pending, self._block_size_bytes)
@@ -338,6 +348,8 @@ class Writer:
             state.pending.pop(file_block, None)
         state.uncertain -= set(batch.file_blocks)
         state.epoch += 1
+        if attributes.data_version == state.flushed_version + 1:
+            state.flushed_version += 1  # nobody else has changed it
         blocks = cache.blocks_before(state.node, attributes, data_changes=1)
         node = cache.store(attributes, ticket, changed=True)
         if node is not None and blocks is not None:
@@ -366,6 +378,8 @@ class Writer:
                 del state.pending[file_block]
                 state.uncertain.remove(file_block)
                 state.epoch += 1
+        if not state.pending:
+            state.pending_end = 0
 
     async def _merge(self, state: FileState) -> None:
         """Lay this client's bytes over the blocks that another client committed meanwhile."""
@@ -398,3 +412,7 @@ class Writer:
         merged = await self._io.begin(state, await self._allocate(state, 1), content)
         merged.dirty = block.dirty
         return merged
+
+
+def _regions_of(extents: Iterable[Extent]) -> set[int]:
+    return {place.region for extent in extents for place in extent.replicas}

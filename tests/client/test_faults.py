@@ -257,6 +257,33 @@ async def test_a_commit_that_was_carried_out_but_not_answered(tmp_path: Path) ->
         assert await content(await open_by_name(slow)) == b"ONE" + b" two" * BLOCK
 
 
+async def test_fsync_makes_durable_what_an_unanswered_commit_carried_out(tmp_path: Path) -> None:
+    async with (
+        running_cluster(tmp_path) as cluster,
+        cluster.client() as slow,
+        FileSystem.connect(cluster.client_config(operation_timeout_ms=300)) as client,
+    ):
+        file = await create(client)
+        await file.write(0, b"one")
+        await file.flush()
+        assert await content(await open_by_name(slow)) == b"one"
+        proceed = trio.Event()
+
+        async def on_invalidate(entries: tuple[Invalidation, ...]) -> None:
+            await proceed.wait()
+
+        slow.on_invalidate = on_invalidate
+        await file.write(3, b" two")
+        with pytest.raises(UnavailableError):
+            await file.flush()
+        proceed.set()
+        await file.fsync()
+        assert (await slow.attributes(file.ino)).synced
+        await file.truncate(2)
+        assert await content(file) == b"on"
+        await file.close()
+
+
 async def test_late_errors_of_writes_come_out_at_flush(tmp_path: Path) -> None:
     async with running_cluster(tmp_path) as cluster:
         config = cluster.client_config("tcp", operation_timeout_ms=500)

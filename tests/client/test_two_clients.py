@@ -11,9 +11,11 @@ import trio
 
 from crailfs.client.filesystem import FileSystem
 from crailfs.errors import NotFoundError, StaleError
+from crailfs.limits import FILE_SIZE_MAX_BYTES
 from crailfs.records import NodeKind
 from crailfs.units import ROOT_INODE
 from crailfs.wire.messages import Invalidation, RenameFlag
+from metadata_server.ops import get_extents
 from storage_server.media.disk import DiskMedium
 from tests.client.helpers import (
     BLOCK,
@@ -345,4 +347,74 @@ async def test_fsync_flushes_what_was_written_through_other_handles(
         assert len(flushed) == 1
         await again.fsync()
         assert len(flushed) == 1, "nothing has changed since"
+        await again.write(0, b"and more")
+        await again.fsync()
+        assert len(flushed) == 2
+        await again.fsync()
+        assert len(flushed) == 2, "that commit was our own"
         await again.close()
+
+
+async def test_fsync_of_a_file_with_more_extents_than_a_client_reads_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[object] = []
+    flush = DiskMedium.flush
+
+    async def counted(medium: DiskMedium) -> bool:
+        flushed.append(medium)
+        return await flush(medium)
+
+    monkeypatch.setattr(DiskMedium, "flush", counted)
+    monkeypatch.setattr(get_extents, "EXTENT_PAGE_MAX", 1)
+    async with (
+        running_cluster(tmp_path) as cluster,
+        cluster.client("tcp") as writing,
+        cluster.client("tcp") as syncing,
+    ):
+        file = await create(writing, storage_class=DISK_ONLY)
+        for fragment in range(70):
+            await file.write(2 * fragment * BLOCK, b"x")
+        await file.truncate(FILE_SIZE_MAX_BYTES)
+        await file.close()
+        assert len(await syncing.extents(file.ino)) == 70
+        again = await open_by_name(syncing)
+        await again.fsync()
+        assert len(flushed) == 1
+        await again.close()
+
+
+async def test_fsync_flushes_what_it_merged_before_it_commits_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    flush, write = DiskMedium.flush, DiskMedium.try_write
+
+    async def noted_flush(medium: DiskMedium) -> bool:
+        events.append("flush")
+        return await flush(medium)
+
+    def noted_write(medium: DiskMedium, offset: int, data: memoryview) -> bool:
+        events.append("write")
+        return write(medium, offset, data)
+
+    monkeypatch.setattr(DiskMedium, "flush", noted_flush)
+    monkeypatch.setattr(DiskMedium, "try_write", noted_write)
+    async with (
+        running_cluster(tmp_path) as cluster,
+        cluster.client("tcp") as first,
+        cluster.client("tcp") as second,
+    ):
+        file = await create(first, storage_class=DISK_ONLY)
+        await file.write(0, b"." * 30)
+        await file.flush()
+        other = await open_by_name(second)
+        await file.write(0, b"first")
+        await other.write(10, b"second")
+        await other.close()
+        events.clear()
+        await file.fsync()
+        assert await content(file) == b"first....." + b"second" + b"." * 14
+        assert events.count("write") == 2, "what it had written, and that merged"
+        assert events[-1] == "flush"
+        await file.close()
