@@ -55,10 +55,10 @@ class NameSpace:
         self._session = session
         self._listings = Listings(session.cache)
         self._files: dict[int, FileState] = {}
+        """Inodes that are open here."""
         self._said_not_open: Counter[int] = Counter()
         """Inodes in requests under way that remove them if they are not open anywhere."""
         self._removals_ended = trio.lowlevel.ParkingLot()
-        """Inodes that are open here."""
 
     # --- attributes -------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ class NameSpace:
 
     async def _wait_for_removals(self, ino: int) -> None:
         """Until no request is under way that says that ``ino`` is not open here."""
-        while self._said_not_open and ino in self._said_not_open:
+        while ino in self._said_not_open:
             await self._removals_ended.park()
 
     async def _lost_name(self, ino: int, held: bool, *, gone: bool) -> None:

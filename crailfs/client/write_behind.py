@@ -17,7 +17,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 class WriteBehind:
-    """Errors are kept in the file's ``write_error`` and raised by ``settle``."""
+    """Errors are kept in the file's ``write_error``, which ``PendingIo.finish`` raises."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class WriteBehind:
             )
 
     async def settle(self, state: FileState) -> None:
-        """Wait until nothing of the file is in flight. Raises nothing: see ``raise_error``."""
+        """Wait until nothing of the file is in flight. Raises nothing."""
         while state.in_flight:
             await state.settled.park()
 
