@@ -2,8 +2,9 @@
 
 Three subjects take turns: ``fio``; ``medium``, the storage server's own reads and writes of a
 region; and ``client``, files of that tier through the client library, which adds checksums, block
-maps and copy on write (of a whole block, for each random write of 4 KiB). Nobody's bytes come
-from the page cache: all three use direct I/O.
+maps and copy on write (of a whole block, for each random write of 4 KiB); what it does in a row is
+one call after the other, at any depth. Nobody's bytes come from the page cache: all three use
+direct I/O.
 """
 
 from __future__ import annotations

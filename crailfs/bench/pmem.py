@@ -21,12 +21,12 @@ from crailfs.bench.servers import start_servers
 from crailfs.bench.workbench import Workbench
 from crailfs.client.store import CrailStore
 from crailfs.config import ClientConfig, RegionConfig
-from crailfs.records import Tier
+from crailfs.records import StorageClass, Tier
 from crailfs.units import KIB, MIB
 
 DIRECTORY: Final = Path("/dev/shm")
 _TIERS: Final = {"memory": Tier.MEMORY, "pmem": Tier.PMEM}
-_CHUNKS: Final = ("64 KiB", "1 MiB")
+_CHUNKS: Final = {"64 KiB": 64 * KIB, "1 MiB": MIB}
 UNITS: Final = {
     **{f"{verb} {name}": "MB/s" for name in _CHUNKS for verb in ("write", "read")},
     "write and flush 64 KiB": "us",
@@ -89,9 +89,7 @@ async def _measure(
             report.notes.append(f"{region.info.tier.name.lower()}: {label}.")
         for label, tier in _TIERS.items():
             progress.show(None, f"{label}: warming up")
-            attributes = await store.mkdir(f"/{label}")
-            assert attributes.is_directory
-            await store.set_class(f"/{label}", label)
+            await store.mkdir(f"/{label}", storage_class=StorageClass.parse(label))
             await streams.warm_up(store, f"/{label}", tier)
         for number in range(round_count):
             # Whoever comes second finds the processor's caches full of the other's bytes.
@@ -106,10 +104,9 @@ async def _measure(
 async def _stream(
     store: CrailStore, report: Report, labels: list[str], chunk: str, sizes: Sizes
 ) -> None:
-    chunk_bytes = streams.CHUNKS[chunk]
     for verb, work in (("write", streams.write), ("read", streams.read)):
         for label in labels:
-            rate = await work(store, f"/{label}/file", chunk_bytes, sizes.file_bytes)
+            rate = await work(store, f"/{label}/file", _CHUNKS[chunk], sizes.file_bytes)
             report.add(Row(f"{verb} {chunk}", "1"), label, rate)
     for label in labels:
         await store.delete(f"/{label}/file")

@@ -166,7 +166,7 @@ async def _count(
         operation=operation,
         byte_count=len(content),
         calls=len(content) // call_bytes,
-        runs=_runs(extents, call_bytes, await _block_size(store)),
+        runs=_runs(extents, call_bytes, store.filesystem.block_size_bytes),
         verbs={verb: done[verb] for verb in ("writes", "flushes", "reads")},
         doorbells=done["doorbells"],
         completions=done["completions"],
@@ -273,10 +273,6 @@ async def _servers(store: CrailStore, config: ClientConfig) -> AsyncIterator[_Se
             if server.alive
         ]
         yield _Servers(clients, config.operation_timeout_ms)
-
-
-async def _block_size(store: CrailStore) -> int:
-    return (await store.filesystem.cluster_map()).block_size_bytes
 
 
 async def _media(store: CrailStore, extents: Iterable[Extent]) -> tuple[str, ...]:

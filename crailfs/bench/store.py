@@ -13,10 +13,10 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 import trio
 
+from crailfs.bench import streams
 from crailfs.bench.progress import Progress
 from crailfs.bench.report import Report, Row
 from crailfs.client.store import CrailStore
-from crailfs.client.stream import StoreFile
 from crailfs.config import ClientConfig
 from crailfs.errors import CrailError
 from crailfs.units import KIB, MIB
@@ -191,7 +191,6 @@ class _Round:
             self._add("lookup, many", sizes.many_lookups / seconds, in_flight=IN_FLIGHT)
 
     async def data(self) -> None:
-        content = random.Random(1).randbytes(MIB)
         for name, chunk_bytes in CHUNKS.items():
             small = chunk_bytes == min(CHUNKS.values())
             total_bytes = self._sizes.small_stream_bytes if small else self._sizes.stream_bytes
@@ -200,12 +199,12 @@ class _Round:
                 self._told.next(f"write {name}")
                 began = time.perf_counter()
                 async with await store.create(path) as file:
-                    await _write(file, content, chunk_bytes, total_bytes)
+                    await streams.write_to(file, chunk_bytes, total_bytes)
                 self._add_rate(f"write {name}", total_bytes, time.perf_counter() - began)
             async with CrailStore.connect(self._config) as store, await store.open(path) as file:
                 self._told.next(f"read {name}")
                 began = time.perf_counter()
-                await _read(file, chunk_bytes, total_bytes)
+                await streams.read_from(file, chunk_bytes, total_bytes)
                 self._add_rate(f"read {name}", total_bytes, time.perf_counter() - began)
         page_count = total_bytes // CHUNKS["4 KiB"]
         pages = random.Random(2).choices(range(page_count), k=self._sizes.random_reads)
@@ -244,24 +243,6 @@ async def _many(operation: Callable[[str], Awaitable[object]], paths: Sequence[s
     async with trio.open_nursery() as nursery:
         for _ in range(IN_FLIGHT):
             nursery.start_soon(work)
-
-
-async def _write(file: StoreFile, content: bytes, chunk_bytes: int, total_bytes: int) -> None:
-    pieces = [
-        memoryview(content)[offset : offset + chunk_bytes]
-        for offset in range(0, len(content), chunk_bytes)
-    ]
-    for number in range(total_bytes // chunk_bytes):
-        await file.write(pieces[number % len(pieces)])
-
-
-async def _read(file: StoreFile, chunk_bytes: int, total_bytes: int) -> None:
-    buffer = bytearray(chunk_bytes)
-    amount = 0
-    while count := await file.readinto(buffer):
-        amount += count
-    if amount != total_bytes:
-        raise CrailError(f"read {amount} bytes of {total_bytes}")
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

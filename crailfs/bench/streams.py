@@ -1,4 +1,4 @@
-"""A file of one tier written and read in a row through the client library, by the clock."""
+"""Files written and read in a row through the client library, and room for them in a tier."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Final
 import trio
 
 from crailfs.client.store import CrailStore
+from crailfs.client.stream import StoreFile
 from crailfs.errors import CrailError, NoSpaceError
 from crailfs.records import Tier
-from crailfs.units import KIB, MIB
+from crailfs.units import MIB
 
-CHUNKS: Final = {"64 KiB": 64 * KIB, "128 KiB": 128 * KIB, "1 MiB": MIB}
 _FREE_TIMEOUT_SECONDS: Final = 60.0
 _CONTENT: Final = memoryview(random.Random(1).randbytes(MIB))
 
@@ -23,24 +23,36 @@ async def write(store: CrailStore, path: str, chunk_bytes: int, total_bytes: int
     second, the flush included."""
     began = time.perf_counter()
     async with await store.create(path, exclusive=True) as file:
-        for number in range(total_bytes // chunk_bytes):
-            at = number * chunk_bytes % len(_CONTENT)
-            await file.write(_CONTENT[at : at + chunk_bytes])
+        await write_to(file, chunk_bytes, total_bytes)
         await file.sync()
     return total_bytes / (time.perf_counter() - began) / 1e6
 
 
 async def read(store: CrailStore, path: str, chunk_bytes: int, total_bytes: int) -> float:
     """The file again, in 10^6 bytes a second."""
-    buffer = bytearray(chunk_bytes)
-    amount = 0
     began = time.perf_counter()
     async with await store.open(path) as file:
-        while count := await file.readinto(buffer):
-            amount += count
-    if amount != total_bytes:
-        raise CrailError(f"read {amount} bytes of {total_bytes} of {path}")
+        await read_from(file, chunk_bytes, total_bytes)
     return total_bytes / (time.perf_counter() - began) / 1e6
+
+
+async def write_to(file: StoreFile, chunk_bytes: int, total_bytes: int) -> None:
+    """In chunks of at most 1 MiB."""
+    pieces = [
+        _CONTENT[offset : offset + chunk_bytes] for offset in range(0, len(_CONTENT), chunk_bytes)
+    ]
+    for number in range(total_bytes // chunk_bytes):
+        await file.write(pieces[number % len(pieces)])
+
+
+async def read_from(file: StoreFile, chunk_bytes: int, total_bytes: int) -> None:
+    """To the end. Raises ``CrailError`` if that is not after ``total_bytes``."""
+    buffer = bytearray(chunk_bytes)
+    amount = 0
+    while count := await file.readinto(buffer):
+        amount += count
+    if amount != total_bytes:
+        raise CrailError(f"read {amount} bytes of {total_bytes}")
 
 
 async def warm_up(store: CrailStore, directory: str, tier: Tier) -> None:
@@ -70,6 +82,6 @@ async def wait_for_space(store: CrailStore, tier: Tier, wanted_bytes: int) -> No
 
 
 async def _free_bytes(store: CrailStore, tier: Tier) -> int:
-    block_size_bytes = (await store.filesystem.cluster_map()).block_size_bytes
     tiers = (await store.statistics()).tiers
-    return sum(each.free_blocks for each in tiers if each.tier == tier) * block_size_bytes
+    free_blocks = sum(each.free_blocks for each in tiers if each.tier == tier)
+    return free_blocks * store.filesystem.block_size_bytes
