@@ -16,7 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import trio
+
 from crailfs.errors import UnavailableError
+from crailfs.limits import CONNECT_TIMEOUT_MS
 from crailfs.rdma.buffers import BufferPool, Registration
 from crailfs.rdma.verbs import Verbs, load, plain_errors
 
@@ -58,14 +61,16 @@ def find_port(device: str, near: str = "") -> Port:
     return min(ports, key=lambda port: (port.address != near, ":" in port.address))
 
 
-def source_address(host: str) -> str:
+async def source_address(host: str) -> str:
     """The address that this host sends from to reach ``host``; empty if that is not known."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 4791, type=socket.SOCK_DGRAM)[0]
+        with trio.fail_after(CONNECT_TIMEOUT_MS / 1000):
+            places = await trio.socket.getaddrinfo(host, 4791, type=socket.SOCK_DGRAM)
+        family, kind, _, _, address = places[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])
-    except OSError:
+    except (OSError, trio.TooSlowError):
         return ""
 
 
@@ -154,17 +159,27 @@ def _active_ports(device: str | None) -> Iterator[Port]:
     if not _SYSFS.is_dir():
         return
     for found in sorted(_SYSFS.iterdir()) if device is None else [_SYSFS / device]:
-        for port in sorted((found / "ports").iterdir(), key=lambda path: int(path.name)):
+        for port in _numbered(found / "ports"):
             if "ACTIVE" not in _read(port / "state") or _read(port / "link_layer") != "Ethernet":
                 continue
-            for entry in sorted((port / "gids").iterdir(), key=lambda path: int(path.name)):
-                if _read(port / "gid_attrs" / "types" / entry.name) == "RoCE v2":
-                    gid = ipaddress.IPv6Address(_read(entry)).packed
-                    yield Port(found.name, int(port.name), int(entry.name), gid)
+            for entry in _numbered(port / "gids"):
+                kind, gid = _read(port / "gid_attrs" / "types" / entry.name), _read(entry)
+                if kind == "RoCE v2" and gid:
+                    packed = ipaddress.IPv6Address(gid).packed
+                    yield Port(found.name, int(port.name), int(entry.name), packed)
+
+
+def _numbered(directory: Path) -> list[Path]:
+    """None if the device was taken out meanwhile."""
+    try:
+        return sorted(directory.iterdir(), key=lambda path: int(path.name))
+    except OSError:
+        return []
 
 
 def _read(path: Path) -> str:
-    """Entries of the GID table that are not in use answer EINVAL."""
+    """Entries of the GID table that are not in use answer EINVAL; those of a device that was taken
+    out are not there."""
     try:
         return path.read_text(encoding="ascii").strip()
     except OSError:

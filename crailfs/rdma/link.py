@@ -77,8 +77,6 @@ class Link:
         self.failure: str | None = None
         """Why it is of no use any more. Then the queue pair is gone as well: nothing that was
         posted is sent, and the device has let go of all memory."""
-        self.proven = False
-        """Whether an operation has gone through."""
         self._device = device
         self._counters = counters
         self._requests_max = min(REQUESTS_MAX, device.requests_max)
@@ -285,7 +283,6 @@ class Link:
             if completion.status != 0:
                 self.fail(f"work completion with status {completion.status} (ibv_wc_status)")
                 return
-            self.proven = True
             while self._posted and self._posted[0].number <= completion.wr_id:
                 operation = self._posted.popleft()
                 self._posted_requests -= len(operation.requests)

@@ -10,10 +10,10 @@ import ipaddress
 import secrets
 from typing import Any, Final
 
-from crailfs.errors import InvalidError
+from crailfs.errors import InvalidError, ProtocolError
 from crailfs.rdma.device import GID_BYTES, Device
 from crailfs.rdma.verbs import plain_errors
-from crailfs.wire.messages import QueuePairEnd
+from crailfs.wire.messages import QueuePairEnd, RemoteRegion
 
 ACK_TIMEOUT: Final = 15
 """As 4.096 us << 15 = 134 ms (IBTA 9.7.6.1.3). Devices may take up to four times as long."""
@@ -24,6 +24,8 @@ HOP_LIMIT: Final = 64
 
 _NUMBER_MAX: Final = (1 << 24) - 1
 _MTU_MAX: Final = 5
+_KEY_MAX: Final = (1 << 32) - 1
+_ADDRESS_MAX: Final = (1 << 64) - 1
 _MIN_RNR_TIMER: Final = 12
 """0.64 ms; without receives nothing is ever not ready."""
 
@@ -43,6 +45,16 @@ def check_end(end: QueuePairEnd) -> None:
         problem = f"{end.reads_max} reads"
     if problem:
         raise InvalidError(f"the peer's queue pair cannot be: {problem}")
+
+
+def check_region(region: RemoteRegion) -> None:
+    """Raises ``ProtocolError`` for what no work request can name."""
+    end = region.address + region.byte_count
+    if not (0 <= region.key <= _KEY_MAX and 0 <= region.address < end and end - 1 <= _ADDRESS_MAX):
+        raise ProtocolError(
+            f"the storage server's region {region.region_id} cannot be: {region.byte_count} bytes "
+            f"at {region.address}, key {region.key}"
+        )
 
 
 class QueuePair:

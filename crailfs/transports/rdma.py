@@ -28,6 +28,7 @@ from crailfs.net.sending import Buffer
 from crailfs.rdma.buffers import Lease
 from crailfs.rdma.device import Device, open_device, source_address
 from crailfs.rdma.link import Kind, Link, Request
+from crailfs.rdma.queue_pair import check_region
 from crailfs.records import StorageServerInfo
 from crailfs.transports.tcp import TcpTransport
 from crailfs.units import MIB
@@ -81,7 +82,7 @@ class RdmaTransport:
     ) -> RdmaTransport:
         """As ``TcpTransport.connect``. Also raises ``UnavailableError`` if this host has no device
         or the server has no region that it reaches."""
-        device = open_device(config.rdma_device, near=source_address(server.tcp_host))
+        device = open_device(config.rdma_device, near=await source_address(server.tcp_host))
         transport = cls(device, server, nursery)
         transport._tcp = await TcpTransport.connect(
             server, config, client_id, nursery, locate, on_disconnected=transport._control_lost
@@ -111,18 +112,20 @@ class RdmaTransport:
         return lease.view
 
     async def read(self, region: int, offset: int, byte_count: int) -> Buffer:
-        if self._reach(region, offset, byte_count) is None:
-            return await self._tcp.read(region, offset, byte_count)
-        lease = self._device.pool.take(byte_count)
+        if self._reach(region, offset, byte_count) is not None:
+            lease = self._device.pool.take(byte_count)
 
-        async def piece(link: Link, target: RemoteRegion, begin: int, end: int) -> None:
-            address = target.address + offset + begin
-            await link.perform(Request(Kind.READ, address, target.key, end - begin, lease, begin))
+            async def piece(link: Link, target: RemoteRegion, begin: int, end: int) -> None:
+                address, piece_bytes = target.address + offset + begin, end - begin
+                await link.perform(
+                    Request(Kind.READ, address, target.key, piece_bytes, lease, begin)
+                )
 
-        if not await self._one_sided(region, offset, byte_count, piece):
-            return await self._tcp.read(region, offset, byte_count)
-        self.counters["read_bytes"] += byte_count
-        return lease.view.toreadonly()
+            if await self._one_sided(region, offset, byte_count, piece):
+                self.counters["read_bytes"] += byte_count
+                return lease.view.toreadonly()
+        self.counters["tcp_operations"] += 1
+        return await self._tcp.read(region, offset, byte_count)
 
     async def write(self, region: int, offset: int, generation: int, data: Buffer) -> None:
         byte_count = len(data)
@@ -276,7 +279,8 @@ class RdmaTransport:
             return self._link
 
     async def _establish(self) -> Link:
-        """A link that has carried its first byte. Raises ``UnavailableError``, ``FencedError``."""
+        """A link that has carried its first byte. Raises ``UnavailableError``, ``FencedError``,
+        ``ProtocolError``."""
         link = Link(self._device, self.counters)
         try:
             reply = await self._tcp.call(
@@ -286,6 +290,8 @@ class RdmaTransport:
                 raise ProtocolError("the storage server answered a queue pair with something else")
             if not reply.regions:
                 raise UnavailableError("the server has no region in memory that its device reaches")
+            for region in reply.regions:
+                check_region(region)
             link.connect(reply.end)
             self._regions = {region.region_id: region for region in reply.regions}
             self._link = link
