@@ -21,16 +21,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Where:
-    """What was being done when a device failed. ``byte_count`` 0: flushing."""
+    """What was being done when a device failed. ``byte_count`` 0: ``action``, to no block."""
 
     region: Region
-    offset: int
-    byte_count: int
+    offset: int = 0
+    byte_count: int = 0
     writing: bool = False
+    action: str = ""
 
     def __str__(self) -> str:
         if not self.byte_count:
-            return "flushing"
+            return self.action
         action = "writing" if self.writing else "reading"
         return f"{action} {self.byte_count} bytes at {self.offset}"
 

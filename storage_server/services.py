@@ -279,7 +279,8 @@ class Services:
                 await trio.to_thread.run_sync(persist)
             peer.reply(request_id, FlushReply(durable=await medium.flush()))
 
-        self._nursery.start_soon(self._at_device, peer, request_id, Where(region, 0, 0), flush)
+        where = Where(region, action="flushing")
+        self._nursery.start_soon(self._at_device, peer, request_id, where, flush)
 
     def _read_headers(self, peer: Peer, request_id: int, request: ReadHeaders) -> None:
         if peer.role is not Role.OPERATOR:
@@ -291,7 +292,8 @@ class Services:
                 request_id, await region.read_headers(request.first_block, request.header_limit)
             )
 
-        self._nursery.start_soon(self._at_device, peer, request_id, Where(region, 0, 0), read)
+        where = Where(region, action="reading its block headers")
+        self._nursery.start_soon(self._at_device, peer, request_id, where, read)
 
     def _attach(self, peer: Peer, request_id: int, request: AttachRegions) -> None:
         if not peer.is_local:

@@ -17,9 +17,6 @@ from typing import Any, Final, NoReturn
 
 from crailfs.pmem.library import Library
 
-OBJECT_MAX_BYTES: Final = 0x3_FFDF_FFC0
-"""PMEMOBJ_MAX_ALLOC_SIZE: what fits into one zone of the heap."""
-
 _ZERO: Final = 1
 _TX_STAGE_WORK: Final = 1
 _TX_PARAM_NONE: Final = 0

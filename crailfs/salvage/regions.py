@@ -23,37 +23,29 @@ class LostRegion:
         self.id = placed.id
         self.info = placed.info
         self.damaged_headers: list[int] = []
-        """Blocks whose headers do not check: nothing is known of what they hold. Of several next to
-        each other the last."""
+        """Blocks whose headers do not check: nothing is known of what they hold."""
         self._server = server
         self._buffer = memoryview(bytearray(PAYLOAD_MAX_BYTES))
 
     async def headers(self) -> AsyncIterator[BlockHeader]:
         """All headers in use, in the order of their blocks; damaged ones are passed over, noted in
         ``damaged_headers``. Raises ``UnavailableError`` and what the server answers else."""
-        block, header_limit, in_damage = 0, HEADER_PAGE_MAX, False
+        block = 0
         while block < self.info.block_count:
             try:
-                page = await self._page(block, header_limit)
+                page = await self._page(block)
             except DamagedError:
-                # One by one to the damaged header, then block by block over it.
-                if header_limit == 1:
-                    in_damage = True
-                    block += 1
-                header_limit = 1
+                self.damaged_headers.append(block)
+                block += 1
                 continue
-            if in_damage:
-                in_damage, header_limit = False, HEADER_PAGE_MAX
-                self.damaged_headers.append(block - 1)
             for header in page.headers:
                 yield header
             block = page.next_block
-        if in_damage:
-            self.damaged_headers.append(block - 1)
 
-    async def _page(self, block: int, header_limit: int) -> HeaderPage:
+    async def _page(self, block: int) -> HeaderPage:
+        """Raises ``DamagedError`` if the header of ``block`` itself does not check."""
         page = await self._server.call(
-            Opcode.READ_HEADERS, ReadHeaders(self.id, block, header_limit)
+            Opcode.READ_HEADERS, ReadHeaders(self.id, block, HEADER_PAGE_MAX)
         )
         if (
             not isinstance(page, HeaderPage)

@@ -282,7 +282,8 @@ class HeaderChanges(Message, frozen=True):
 
 
 class ReadHeaders(Message, frozen=True):
-    """Headers in use from ``first_block`` on."""
+    """Headers in use from ``first_block`` on, up to one that does not check; ``DamagedError`` if
+    that is its own."""
 
     region: int
     first_block: int

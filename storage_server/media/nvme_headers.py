@@ -29,9 +29,10 @@ from typing import Final
 from xxhash import xxh3_64_intdigest
 
 from crailfs.device_io import ALIGNMENT_BYTES
-from crailfs.errors import DamagedError, InvalidError
+from crailfs.errors import DamagedError
 from crailfs.records import BlockHeader, HeaderChange
 from crailfs.units import KIB
+from storage_server.media.headers import check_change
 from storage_server.media.superblock import Superblock
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class HeaderTable:
     def __init__(self, fd: int, path: Path, superblock: Superblock, area_offset: int) -> None:
         self._fd = fd
         self._path = path
+        self._superblock = superblock
         self._block_count = superblock.block_count
         self._block_size_bytes = superblock.block_size_bytes
         self._seed = int.from_bytes(superblock.region_uuid[:8], "little")
@@ -161,7 +163,12 @@ class HeaderTable:
             if not index and self._page(page) == _EMPTY_PAGE:
                 block += HEADERS_PER_PAGE
                 continue
-            header = self._decode(block, page * PAGE_BYTES + _header_offset(index))
+            try:
+                header = self._decode(block, page * PAGE_BYTES + _header_offset(index))
+            except DamagedError:
+                if block == first_block:
+                    raise
+                break
             if header is not None:
                 found.append(header)
             block += 1
@@ -171,7 +178,7 @@ class HeaderTable:
 
     def _change(self, pages: dict[int, bytearray], change: HeaderChange) -> int:
         """Put it into ``pages``; answers by how many the headers in use become more."""
-        self._check(change)
+        check_change(change, self._path, self._superblock)
         added = 0
         for index in range(change.block_count):
             block = change.block + index
@@ -206,20 +213,6 @@ class HeaderTable:
         )  # fmt: skip
         check = _header_check(block, content[at : at + _HEADER.size - 8])
         _CHECK.pack_into(content, at + _HEADER.size - 8, check)
-
-    def _check(self, change: HeaderChange) -> None:
-        end = change.block + change.block_count
-        sizes = (change.tail_stored_bytes, change.tail_visible_bytes)
-        if not (
-            0 <= change.block < end <= self._block_count
-            and (not change.ino or len(change.checksums) == 8 * change.block_count)
-            and all(0 <= size <= self._block_size_bytes for size in sizes)
-        ):
-            raise InvalidError(
-                f"a header change of blocks {change.block} to {end} of region {self._path}, which "
-                f"has {self._block_count}, with {len(change.checksums)} bytes of checksums and a "
-                f"last block of {sizes} bytes"
-            )
 
     def _write_pages(self, pages: dict[int, bytearray]) -> None:
         """Each to the place where its valid version is not; neighbours in one request."""

@@ -35,8 +35,6 @@ SUPERBLOCK_OFFSETS: Final = (0, 512)
 SUPERBLOCK_BYTES: Final = len(Superblock(bytes(16), bytes(16), Tier.PMEM, 0, 0).encode())
 STATE_OFFSET: Final = 1024
 DIRECTORY_OFFSET: Final = 1088
-POOL_MIN_BYTES: Final = 8 * MIB
-"""PMEMOBJ_MIN_POOL."""
 FRONT_BYTES: Final = LARGE_PAGE_BYTES
 """What is looked at to tell whether a device holds anything: superblocks of file systems, volume
 managers and partition tables lie there."""

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from crailfs.errors import DamagedError, InvalidError
+from crailfs.errors import DamagedError
 from crailfs.pmem.libpmemobj import Pool
 from crailfs.records import BlockHeader, HeaderChange
 from storage_server.media import pmem_format as form
+from storage_server.media.headers import check_change
 from storage_server.media.superblock import Superblock
 
 TRANSACTION_HEADERS_MAX: Final = 1024
@@ -91,7 +92,12 @@ class PmemHeaders:
                             continue
                         if len(headers) == header_limit:
                             return headers, block + index
-                        headers.append(self._decode(record, block + index))
+                        try:
+                            headers.append(self._decode(record, block + index))
+                        except DamagedError:
+                            if block + index == first_block:
+                                raise
+                            return headers, block + index
                 block += count
         return headers, end
 
@@ -106,7 +112,7 @@ class PmemHeaders:
         final: dict[int, bytes] = {}
         block_size = self._superblock.block_size_bytes
         for change in changes:
-            self._check(change)
+            check_change(change, self._path, self._superblock)
             last = change.block_count - 1
             for index in range(change.block_count):
                 block = change.block + index
@@ -126,26 +132,6 @@ class PmemHeaders:
                     )
                 )
         return final
-
-    def _check(self, change: HeaderChange) -> None:
-        superblock = self._superblock
-        if not 0 <= change.block < change.block + change.block_count <= superblock.block_count:
-            raise InvalidError(
-                f"headers of {change.block_count} blocks from {change.block} of region "
-                f"{self._path}, which has {superblock.block_count}"
-            )
-        if change.ino == 0:
-            return
-        size = superblock.block_size_bytes
-        if (
-            len(change.checksums) != 8 * change.block_count
-            or not 1 <= change.tail_stored_bytes <= size
-            or not 0 <= change.tail_visible_bytes <= change.tail_stored_bytes
-            or not 0 < change.ino < 1 << 64
-            or not 0 < change.generation < 1 << 64
-            or not 0 <= change.file_block < (1 << 64) - change.block_count
-        ):
-            raise InvalidError(f"a header of region {self._path} that cannot be: {change!r:.300}")
 
     def _write(
         self, pool: Pool, blocks: Sequence[int], final: dict[int, bytes], applied_sequence: int

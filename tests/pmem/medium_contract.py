@@ -204,9 +204,11 @@ class MediumContract:
         medium._region.pool.write(medium.headers._offset(70) + 20, b"\xff")
         medium.close()
         again = open_pmem(config)
-        assert again.headers.read(0, 1)[0][0].block == 64
+        headers, next_block = again.headers.read(0, 10)
+        assert [header.block for header in headers] == [64] and next_block == 70
         with pytest.raises(DamagedError, match="header of block 70"):
-            again.headers.read(0, 2)
+            again.headers.read(70, 2)
+        assert again.headers.read(71, 2) == ([], again.superblock.block_count)
         again.close()
 
     def test_a_second_server_is_refused(self, config: RegionConfig, medium: PmemMedium) -> None:

@@ -12,11 +12,11 @@ import trio
 
 from crailfs.cli.operator import cluster_status, connected
 from crailfs.client.filesystem import FileSystem
-from crailfs.config import Credentials, MetadataConfig, RegionConfig, StorageConfig
+from crailfs.config import RegionConfig
 from crailfs.records import NodeKind, Tier
 from crailfs.units import MIB, ROOT_INODE
 from crailfs.wire.messages import Status
-from tests.support.cluster import BLOCK_SIZE_BYTES, SECRET, Cluster
+from tests.support.cluster import Cluster, server_configs
 
 CLUSTER_ID = b"the old cluster."
 
@@ -50,35 +50,18 @@ async def salvage_cluster(
 ) -> AsyncIterator[SalvageCluster]:
     """One region of each of ``tiers``: persistent memory and memory as files on tmpfs, others as
     files below ``directory``."""
-    credentials = Credentials(cluster_id=CLUSTER_ID, secret=SECRET)
-    metadata_address = f"unix:{directory}/metadata.sock"
     with tempfile.TemporaryDirectory(prefix="crailfs-test-", dir="/dev/shm") as in_memory:
         places = {Tier.PMEM: Path(in_memory), Tier.MEMORY: Path(in_memory)}
-        cluster = SalvageCluster(
-            directory,
-            MetadataConfig(
-                state=directory / "metadata",
-                listen=(metadata_address,),
-                credentials=credentials,
-                block_size_bytes=BLOCK_SIZE_BYTES,
-            ),
-            StorageConfig(
-                state=directory / "storage",
-                metadata=metadata_address,
-                listen=(f"unix:{directory}/storage.sock", "127.0.0.1:0"),
-                host="testhost",
-                move_bytes_per_second=0,
-                regions=tuple(
-                    RegionConfig(
-                        tier=tier,
-                        path=places.get(tier, directory) / f"{number}-{tier.name.lower()}",
-                        size_bytes=region_bytes,
-                    )
-                    for number, tier in enumerate(tiers)
-                ),
-                credentials=credentials,
-            ),
+        regions = tuple(
+            RegionConfig(
+                tier=tier,
+                path=places.get(tier, directory) / f"{number}-{tier.name.lower()}",
+                size_bytes=region_bytes,
+            )
+            for number, tier in enumerate(tiers)
         )
+        configs = server_configs(directory, regions, cluster_id=CLUSTER_ID)
+        cluster = SalvageCluster(directory, *configs)
         async with trio.open_nursery() as nursery:
             await cluster.run(nursery)
             yield cluster

@@ -15,6 +15,7 @@ import trio
 from crailfs.config import RegionConfig
 from crailfs.errors import (
     CrailError,
+    DamagedError,
     InvalidError,
     NotPermittedError,
     NotSupportedError,
@@ -37,6 +38,7 @@ from storage_server import header_follower
 from storage_server.fencing import Fencing
 from storage_server.header_follower import HeaderFollower
 from storage_server.media import Medium, open_medium
+from storage_server.media.nvme_headers import HeaderTable
 from storage_server.region import Region
 from storage_server.services import Services
 from tests.metadata.headers import BLOCKS, Headered
@@ -265,6 +267,7 @@ async def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         for change in (
             HeaderChange(77, 0, 1, 0),
             HeaderChange(region_id, BLOCKS - 1, 2, 0),
+            HeaderChange(region_id, -1, 2, 0),
             HeaderChange(region_id, 3, 0, 0),
         ):
 
@@ -305,7 +308,7 @@ async def test_a_failing_device_is_tried_again(
         assert rig.services.counters["header_errors"] == 4
 
 
-async def test_headers_are_for_operators(tmp_path: Path) -> None:
+async def test_headers_are_for_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with salvage_cluster(tmp_path, Tier.NVME, Tier.DISK, region_bytes=16 * MIB) as cluster:
         async with cluster.client() as fs:
             ino = await create(fs, b"file")
@@ -344,4 +347,11 @@ async def test_headers_are_for_operators(tmp_path: Path) -> None:
             ):
                 with pytest.raises(error):
                     await caller.call(Opcode.READ_HEADERS, request)
+
+            def fail(*_: object) -> object:
+                raise OSError(5, "Input/output error")
+
+            monkeypatch.setattr(HeaderTable, "read", fail)
+            with pytest.raises(DamagedError, match="reading its block headers: Input/output error"):
+                await operator.call(Opcode.READ_HEADERS, ReadHeaders(nvme, 0, 1))
             nursery.cancel_scope.cancel()

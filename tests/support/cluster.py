@@ -133,6 +133,33 @@ class _Server:
         await self._ended.wait()
 
 
+def server_configs(
+    directory: Path,
+    regions: tuple[RegionConfig, ...],
+    *,
+    cluster_id: bytes = b"",
+    block_size_bytes: int = BLOCK_SIZE_BYTES,
+) -> tuple[MetadataConfig, StorageConfig]:
+    """Servers on Unix sockets and a loopback port below ``directory``, without a mover."""
+    credentials = Credentials(cluster_id=cluster_id, secret=SECRET)
+    metadata = MetadataConfig(
+        state=directory / "metadata",
+        listen=(f"unix:{directory}/metadata.sock",),
+        credentials=credentials,
+        block_size_bytes=block_size_bytes,
+    )
+    storage = StorageConfig(
+        state=directory / "storage",
+        metadata=metadata.listen[0],
+        listen=(f"unix:{directory}/storage.sock", "127.0.0.1:0"),
+        host="testhost",
+        move_bytes_per_second=0,
+        regions=regions,
+        credentials=credentials,
+    )
+    return metadata, storage
+
+
 @asynccontextmanager
 async def running_cluster(
     directory: Path,
@@ -140,34 +167,16 @@ async def running_cluster(
     memory_bytes: int = 16 * MIB,
     disk_bytes: int = 16 * MIB,
     block_size_bytes: int = BLOCK_SIZE_BYTES,
-    move_bytes_per_second: int = 0,
 ) -> AsyncIterator[Cluster]:
-    """Servers on Unix sockets and a loopback port below ``directory``, with one memory region and
-    one on disk. At the end of the block the metadata auditor must find nothing wrong."""
+    """Servers with one memory region and one on disk. At the end of the block the metadata auditor
+    must find nothing wrong."""
     memory_path = Path(f"/dev/shm/crailfs-test-{uuid.uuid4().hex}")
-    credentials = Credentials(cluster_id=b"", secret=SECRET)
-    metadata_address = f"unix:{directory}/metadata.sock"
-    cluster = Cluster(
-        directory,
-        MetadataConfig(
-            state=directory / "metadata",
-            listen=(metadata_address,),
-            credentials=credentials,
-            block_size_bytes=block_size_bytes,
-        ),
-        StorageConfig(
-            state=directory / "storage",
-            metadata=metadata_address,
-            listen=(f"unix:{directory}/storage.sock", "127.0.0.1:0"),
-            host="testhost",
-            move_bytes_per_second=move_bytes_per_second,
-            regions=(
-                RegionConfig(tier=Tier.MEMORY, path=memory_path, size_bytes=memory_bytes),
-                RegionConfig(tier=Tier.DISK, path=directory / "disk", size_bytes=disk_bytes),
-            ),
-            credentials=credentials,
-        ),
+    regions = (
+        RegionConfig(tier=Tier.MEMORY, path=memory_path, size_bytes=memory_bytes),
+        RegionConfig(tier=Tier.DISK, path=directory / "disk", size_bytes=disk_bytes),
     )
+    configs = server_configs(directory, regions, block_size_bytes=block_size_bytes)
+    cluster = Cluster(directory, *configs)
     try:
         async with trio.open_nursery() as nursery:
             await cluster.run(nursery)

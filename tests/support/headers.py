@@ -38,6 +38,8 @@ class MemoryHeaders:
         found: list[BlockHeader] = []
         for block in range(first_block, self.block_count):
             if block in self.damaged:
+                if block > first_block:
+                    return found, block
                 raise DamagedError(f"the header of block {block} does not check")
             if block in self.headers:
                 found.append(self.headers[block])

@@ -5,7 +5,6 @@ to start again: forked from one that has imported everything.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import multiprocessing
 import signal
@@ -23,12 +22,12 @@ import trio
 from crailfs.config import ClientConfig, Credentials, MetadataConfig, RegionConfig, StorageConfig
 from crailfs.records import Tier
 from crailfs.units import MIB
+from tests.support.processes import die_with_the_test
 
 SECRET = b"the secret of a test cluster"
 READY_TIMEOUT_S = 20.0
 REGION_BYTES = 96 * MIB
 """Several times what the files take: clients keep granted blocks, too."""
-_PR_SET_PDEATHSIG = 1
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["metadata_server.server", "storage_server.server", __name__])
@@ -125,7 +124,7 @@ def _serve(name: str, config: MetadataConfig | StorageConfig, ready: Connection,
     import metadata_server.server
     import storage_server.server
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_the_test()
     logging.basicConfig(filename=log, level=logging.INFO, force=True)
     serve: Callable[..., Awaitable[Any]] = (
         metadata_server.server.serve if name == "metadata" else storage_server.server.serve

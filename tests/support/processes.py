@@ -26,8 +26,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_the_test() -> None:
-    """A test run that is killed, or ends at a time limit, leaves no server behind."""
+def die_with_the_test() -> None:
+    """In a server: a test run that is killed, or ends at a time limit, leaves none behind."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -57,7 +57,7 @@ class ServerProcess:
                     stderr=output,
                     pass_fds=(write_fd,),
                     env=dict(environment) if environment is not None else None,
-                    preexec_fn=_die_with_the_test,  # noqa: PLW1509 - one system call, no locks
+                    preexec_fn=die_with_the_test,  # noqa: PLW1509 - one system call, no locks
                 )
         finally:
             os.close(write_fd)
