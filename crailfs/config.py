@@ -47,7 +47,8 @@ class RegionConfig(Config, frozen=True, kw_only=True):
     size_bytes: int
     """Not looked at for a whole device."""
     overwrite: bool = False
-    """Make a new region even on a device that holds a file system or anything else."""
+    """Make a new region even on a device that holds a file system or anything else; but never over
+    a region that can be opened, whatever cluster's it is, or that this server knows."""
 
 
 class StorageConfig(Config, frozen=True, kw_only=True):

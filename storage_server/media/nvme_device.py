@@ -22,7 +22,7 @@ from crailfs.errors import BusyError, ConfigurationError, DamagedError
 from crailfs.units import MIB, format_bytes
 from storage_server.media.region_file import RegionFile, check_fits, new_superblock
 from storage_server.media.superblock import (
-    holds_superblock,
+    copies_there,
     read_superblock,
     write_superblock,
 )
@@ -62,7 +62,7 @@ def open_device(
         ) from error
     try:
         _check_sectors(fd, path)
-        if not _is_recognized(fd, config, cluster_id, known_uuid):
+        if not _is_recognized(fd, config, known_uuid):
             _format(fd, config, cluster_id, block_size_bytes)
         superblock = read_superblock(fd, path)
         check_fits(config, superblock, cluster_id, block_size_bytes, known_uuid)
@@ -99,21 +99,22 @@ def _check_sectors(fd: int, path: Path) -> None:
         )
 
 
-def _is_recognized(
-    fd: int, config: RegionConfig, cluster_id: bytes, known_uuid: bytes | None
-) -> bool:
-    """Whether a region of this cluster, or one that is to be refused with a reason of its own, is
-    there. False: a new one may be made."""
+def _is_recognized(fd: int, config: RegionConfig, known_uuid: bytes | None) -> bool:
+    """Whether a region is there, be it one that is to be refused with a reason of its own. False: a
+    new one may be made."""
     path = config.path
-    if holds_superblock(fd):
-        if not config.overwrite or known_uuid is not None:
-            return True
-        try:
-            if read_superblock(fd, path).cluster_id == cluster_id:
-                return True
-        except (BusyError, DamagedError) as error:
-            log.warning("region %s is overwritten as configured: %s", path, error.message)
-        return False
+    copies = copies_there(fd)
+    if any(copies):
+        if not copies[0] and not config.overwrite:
+            # What is made in its place, a file system for one, often leaves the second copy behind.
+            _check_empty(path)
+        if config.overwrite and known_uuid is None:
+            try:
+                read_superblock(fd, path)
+            except DamagedError as error:
+                log.warning("region %s is overwritten as configured: %s", path, error.message)
+                return False
+        return True
     if known_uuid is not None:
         raise DamagedError(
             f"region {path} is gone from its device, although this server knows it. Put the right "
@@ -121,13 +122,18 @@ def _is_recognized(
             "the files that had blocks in it lose them"
         )
     if not config.overwrite:
-        found = _probe(path)
-        if found:
-            raise BusyError(
-                f"region {path}: the device holds something ({found}); it is left as it is. Name "
-                "another device, or wipe this one (wipefs), or set overwrite = true for the region"
-            )
+        _check_empty(path)
     return False
+
+
+def _check_empty(path: Path) -> None:
+    """Raises ``BusyError`` if anything that is known is on the device."""
+    found = _probe(path)
+    if found:
+        raise BusyError(
+            f"region {path}: the device holds something ({found}); it is left as it is. Name "
+            "another device, or wipe this one (wipefs), or set overwrite = true for the region"
+        )
 
 
 def _probe(path: Path) -> str:

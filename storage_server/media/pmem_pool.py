@@ -22,7 +22,14 @@ from crailfs.units import format_bytes
 from storage_server.media import pmem_format as form
 from storage_server.media.memory import HOST_MEMORY_FLOOR_BYTES, host_memory_available_bytes
 from storage_server.media.pmem_place import Place, examine, in_memory
-from storage_server.media.region_file import check_fits, new_superblock, sync_directory
+from storage_server.media.region_file import (
+    check_fits,
+    gone,
+    new_superblock,
+    open_unfinished,
+    sync_directory,
+    warn_of_lost_blocks,
+)
 from storage_server.media.superblock import (
     Superblock,
     cut_short,
@@ -126,25 +133,15 @@ def _make_file(
         )
     superblock = new_superblock(config, config.size_bytes, cluster_id, block_size_bytes)
     pool_bytes = form.pool_bytes_for(superblock.block_count, block_size_bytes)
-    unfinished = path.with_name(f".{path.name}.new")
-    try:
-        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigurationError(
-            f"region {path} cannot be made: {error.strerror}. Its directory must exist and be "
-            "writable by this user"
-        ) from error
+    unfinished, fd = open_unfinished(path)
     try:
         _lock(fd, unfinished)
         volatile = in_memory(fd)
         if known_uuid is not None and not volatile:
             os.unlink(unfinished)
-            raise _gone(path)
+            raise gone(path)
         if known_uuid is not None:
-            log.warning(
-                "region %s is gone (the host restarted?): its blocks are lost, making a new one",
-                path,
-            )
+            warn_of_lost_blocks(path)
         os.ftruncate(fd, 0)
         _allocate(path, unfinished, fd, pool_bytes, volatile=volatile)
         _format(unfinished, fd, pool_bytes, superblock)
@@ -186,7 +183,7 @@ def _make_on_device(
     """``front``: what the device begins with."""
     path = config.path
     if known_uuid is not None:
-        raise _gone(path)
+        raise gone(path)
     if front.count(0) != len(front) and not config.overwrite:
         raise BusyError(
             f"{path} is not empty and no CrailFS region; it is left as it is. If nobody needs what "
@@ -319,14 +316,6 @@ def _align(offset: int, alignment: int) -> int:
 
 def _busy(path: Path) -> BusyError:
     return BusyError(f"region {path} is being served by another process; stop that one first")
-
-
-def _gone(path: Path) -> DamagedError:
-    return DamagedError(
-        f"region {path} is gone, although this server knows it. Mount or restore it; or take it "
-        "out of the configuration and start once without it: the files that had blocks in it lose "
-        "them"
-    )
 
 
 def _damaged_root(path: Path) -> DamagedError:

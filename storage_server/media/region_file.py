@@ -67,16 +67,9 @@ def open_region_file(
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         if known_uuid is not None and survives_reboot:
-            raise DamagedError(
-                f"region {path} is gone, although this server knows it. Mount or restore it; or "
-                "take it out of the configuration and start once without it: the files that had "
-                "blocks in it lose them"
-            ) from None
+            raise gone(path) from None
         if known_uuid is not None:
-            log.warning(
-                "region %s is gone (the host restarted?): its blocks are lost, making a new one",
-                path,
-            )
+            warn_of_lost_blocks(path)
         return _make(config, cluster_id, block_size_bytes, allocate)
     except OSError as error:
         raise ConfigurationError(
@@ -117,20 +110,42 @@ def new_superblock(
     )
 
 
+def open_unfinished(path: Path) -> tuple[Path, int]:
+    """The file that becomes the region at ``path`` once it is finished, with whatever a crash left
+    in it. Raises ``ConfigurationError`` if it cannot be made."""
+    unfinished = path.with_name(f".{path.name}.new")
+    try:
+        return unfinished, os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(
+            f"region {path} cannot be made: {error.strerror}. Its directory must exist and be "
+            "writable by this user"
+        ) from error
+
+
+def gone(path: Path) -> DamagedError:
+    """For a region that this server knows, on a medium that keeps it."""
+    return DamagedError(
+        f"region {path} is gone, although this server knows it. Mount or restore it; or take it "
+        "out of the configuration and start once without it: the files that had blocks in it lose "
+        "them"
+    )
+
+
+def warn_of_lost_blocks(path: Path) -> None:
+    """For a region that this server knows, in memory that was lost."""
+    log.warning(
+        "region %s is gone (the host restarted?): its blocks are lost, making a new one", path
+    )
+
+
 def _make(
     config: RegionConfig, cluster_id: bytes, block_size_bytes: int, allocate: Allocate
 ) -> RegionFile:
     """A new region under another name first: a crash leaves no half-made region behind."""
     path = config.path
     superblock = new_superblock(config, config.size_bytes, cluster_id, block_size_bytes)
-    unfinished = path.with_name(f".{path.name}.new")
-    try:
-        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigurationError(
-            f"region {path} cannot be made: {error.strerror}. Its directory must exist and be "
-            "writable by this user"
-        ) from error
+    unfinished, fd = open_unfinished(path)
     try:
         _lock(fd, unfinished)
         os.ftruncate(fd, 0)
@@ -177,6 +192,14 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
+def _how_to_clear(path: Path) -> str:
+    if path.is_block_device():
+        return f"clear the device: dd if=/dev/zero of={path} bs=1M count=1"
+    if path.is_char_device():
+        return f"clear the device: daxio --zero --len 2M --output {path}"
+    return "remove the file"
+
+
 def check_fits(
     config: RegionConfig,
     superblock: Superblock,
@@ -189,7 +212,8 @@ def check_fits(
     if superblock.cluster_id != cluster_id:
         raise BusyError(
             f"region {path} belongs to cluster {superblock.cluster_id.hex()}, not to "
-            f"{cluster_id.hex()}; it is left as it is. Give the region another path"
+            f"{cluster_id.hex()}; it is left as it is, also with overwrite = true. Give the region "
+            f"another path; or, if nobody needs that cluster's files, {_how_to_clear(path)}"
         )
     if known_uuid not in (None, superblock.region_uuid):
         raise DamagedError(

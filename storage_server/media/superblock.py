@@ -138,9 +138,9 @@ def decode_superblock(copies: Sequence[bytes], path: Path) -> Superblock:
     return _decode(good[0], path)
 
 
-def holds_superblock(fd: int) -> bool:
-    """Whether at least one copy is there, be it damaged."""
-    return any(os.pread(fd, len(MAGIC), offset) == MAGIC for offset in COPY_OFFSETS_BYTES)
+def copies_there(fd: int) -> list[bool]:
+    """For each copy whether it is there, be it damaged."""
+    return [os.pread(fd, len(MAGIC), offset) == MAGIC for offset in COPY_OFFSETS_BYTES]
 
 
 def _read_copy(fd: int, offset: int) -> bytes:

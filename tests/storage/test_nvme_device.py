@@ -16,6 +16,7 @@ from crailfs.errors import BusyError, ConfigurationError, DamagedError
 from crailfs.records import HeaderChange, Tier
 from crailfs.units import KIB, MIB
 from storage_server.media import Medium, open_medium
+from storage_server.media.superblock import copies_there
 from tests.support.loop_device import loop_device
 
 CLUSTER = b"c" * 16
@@ -120,6 +121,33 @@ def test_what_holds_something_is_refused_and_left_alone(
         pass
 
 
+def test_what_was_made_over_a_region_is_left_alone(device: Path) -> None:
+    with opened(device) as medium:
+        pass
+    subprocess.run(["mkswap", str(device)], check=True, capture_output=True, timeout=30)
+    assert copies_there_of(device) == [False, True]
+    before = content(device)
+    for known in (None, medium.superblock.region_uuid):
+        with pytest.raises(BusyError, match=r"holds something .*TYPE=swap"):
+            open_(device, known=known)
+    assert content(device) == before
+
+
+def test_a_first_copy_that_was_wiped_is_repaired(device: Path) -> None:
+    with opened(device) as medium:
+        pass
+    with device.open("r+b") as file:
+        file.write(bytes(512))
+    with opened(device) as again:
+        assert again.superblock == medium.superblock
+    assert copies_there_of(device) == [True, True]
+
+
+def copies_there_of(device: Path) -> list[bool]:
+    with device.open("rb") as file:
+        return copies_there(file.fileno())
+
+
 def test_a_mounted_device_is_refused_even_to_overwrite(device: Path, tmp_path: Path) -> None:
     subprocess.run(["mkfs.ext4", "-q", str(device)], check=True, timeout=30)
     mountpoint = tmp_path / "mnt"
@@ -146,12 +174,17 @@ def test_a_served_device_is_lent_to_nobody_else(device: Path) -> None:
     os.close(client_fd)
 
 
-def test_a_region_of_another_cluster_is_refused_until_it_may_be_overwritten(device: Path) -> None:
+def test_a_region_of_another_cluster_is_refused_until_it_is_cleared_as_told(device: Path) -> None:
     with opened(device, cluster=b"x" * 16) as other:
         pass
-    with pytest.raises(BusyError, match="belongs to cluster"):
-        open_(device)
-    with opened(device, overwrite=True) as medium:
+    before = content(device)
+    for overwrite in (False, True):
+        with pytest.raises(BusyError, match=r"belongs to cluster .* clear the device") as refused:
+            open_(device, overwrite=overwrite)
+    assert content(device) == before
+    advice = refused.value.message.partition("clear the device: ")[2]
+    subprocess.run(advice.split(), check=True, capture_output=True, timeout=30)
+    with opened(device) as medium:
         assert medium.superblock.region_uuid != other.superblock.region_uuid
 
 
