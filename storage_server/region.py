@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import mmap
 from collections.abc import Sequence
 from typing import Final
@@ -20,7 +21,7 @@ PROVISION_MARGIN_BYTES: Final = 1 * GIB
 """How far memory is provisioned beyond the highest block that was ever handed out: what a writer of
 2 GB/s takes between two heartbeats."""
 FAILED_REPORTED_MAX: Final = 1_024
-"""In one heartbeat; a device with more failed blocks than this has failed as a whole."""
+"""In one heartbeat; of more, each names the next ones."""
 _MAP_NORESERVE: Final = 0x4000
 
 
@@ -31,6 +32,7 @@ class Region:
         self.medium = medium
         self.region_id = 0
         self.failed_blocks: set[int] = set()
+        self._last_reported = -1
         self.high_water_blocks = 0
         self._high_water_changed = trio.Event()
         self._headers_turn = trio.Lock()
@@ -78,13 +80,22 @@ class Region:
             map_sync=layout.map_sync,
         )
 
-    @property
-    def state(self) -> RegionState:
+    def next_state(self) -> RegionState:
+        """What the next heartbeat says."""
         return RegionState(
             region_id=self.region_id,
             usable_blocks=self.medium.usable_blocks,
-            failed_blocks=tuple(sorted(self.failed_blocks)[:FAILED_REPORTED_MAX]),
+            failed_blocks=self._next_failed_blocks(),
         )
+
+    def _next_failed_blocks(self) -> tuple[int, ...]:
+        """In turns, again and again: one that a file has is retired only when it comes free."""
+        failed = sorted(self.failed_blocks)
+        if len(failed) > FAILED_REPORTED_MAX:
+            begin = bisect.bisect_right(failed, self._last_reported)
+            failed = (failed[begin:] + failed[:begin])[:FAILED_REPORTED_MAX]
+            self._last_reported = failed[-1]
+        return tuple(failed)
 
     def check_range(self, offset: int, byte_count: int) -> None:
         """Raises ``InvalidError`` unless these bytes lie in blocks that can have been granted."""
@@ -154,7 +165,8 @@ class Region:
 
     def has_blocks(self, first_block: int, block_count: int) -> bool:
         """Whether it has these blocks, at least one."""
-        return block_count > 0 and first_block + block_count <= self.medium.superblock.block_count
+        end = first_block + block_count
+        return 0 <= first_block < end <= self.medium.superblock.block_count
 
     async def apply_headers(self, changes: Sequence[HeaderChange], last_sequence: int) -> None:
         """As ``HeaderStore.apply``."""

@@ -133,7 +133,7 @@ class Registrar:
             Opcode.STORAGE_HEARTBEAT,
             StorageHeartbeat(
                 self._server.id,
-                tuple(region.state for region in self._regions),
+                tuple(region.next_state() for region in self._regions),
                 self._services.fenced(),
             ),
             deadline_ms=STORAGE_TIMEOUT_MS,

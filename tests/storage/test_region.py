@@ -14,7 +14,7 @@ from crailfs.records import Tier
 from crailfs.units import KIB, MIB
 from storage_server.buffers import Buffers
 from storage_server.media import open_medium
-from storage_server.region import PROVISION_MARGIN_BYTES, Region
+from storage_server.region import FAILED_REPORTED_MAX, PROVISION_MARGIN_BYTES, Region
 
 BLOCK = 64 * KIB
 
@@ -101,3 +101,14 @@ def test_buffers_are_bounded_and_come_back_when_the_last_view_goes() -> None:
     del part
     assert buffers.held_bytes == 0
     assert len(buffers.take(100)) == 100
+
+
+def test_failed_blocks_are_named_in_turns_when_there_are_too_many(region: Region) -> None:
+    region.failed_blocks |= {9, 3, 7}
+    assert region.next_state().failed_blocks == (3, 7, 9)
+    assert region.next_state().failed_blocks == (3, 7, 9)
+    region.failed_blocks |= set(range(2 * FAILED_REPORTED_MAX + 100))
+    for _ in range(2):
+        named = [region.next_state().failed_blocks for _ in range(3)]
+        assert all(len(set(blocks)) == FAILED_REPORTED_MAX for blocks in named)
+        assert set().union(*named) == region.failed_blocks
