@@ -36,6 +36,7 @@ from crailfs.errors import (
     NoSpaceError,
     ProtocolError,
     StaleError,
+    UnavailableError,
 )
 from crailfs.limits import STORAGE_TIMEOUT_MS
 from crailfs.net.client import RpcClient
@@ -218,7 +219,12 @@ class _Carrier:
         copies: list[_Copy] = []
         byte_count = 0
         for move in moves:
-            runs = await self._granted(move)
+            try:
+                runs = await self._granted(move)
+            except UnavailableError:
+                # As a rule blocks have yet to come free: what is copied does not wait for that.
+                await self._put_in_place(copies)
+                raise
             extents = await self._copied(move.extent, runs)
             if extents is None:
                 await self._give_back(runs)
@@ -231,7 +237,8 @@ class _Carrier:
         await self._put_in_place(copies)
 
     async def _granted(self, move: Move) -> tuple[Run, ...]:
-        """Blocks of the other tier for all of the extent, or none."""
+        """Blocks of the other tier for all of the extent, or none. Raises ``UnavailableError`` if
+        there are none yet."""
         runs: list[Run] = []
         missing = move.extent.block_count
         while missing:

@@ -10,9 +10,11 @@ import trio
 
 from crailfs.client.filesystem import FileSystem
 from crailfs.client.open_file import OpenFile
-from crailfs.errors import ChecksumError
+from crailfs.client.session import Session
+from crailfs.errors import ChecksumError, UnavailableError
 from crailfs.records import StorageClass, Tier
 from crailfs.units import MIB, ROOT_INODE
+from crailfs.wire.messages import Message, Opcode
 from tests.client.helpers import (
     DISK_ONLY,
     MEMORY_ONLY,
@@ -208,6 +210,39 @@ async def test_bytes_that_are_not_what_was_written_are_not_moved(tmp_path: Path)
             assert await content(file) == bytes_of(number)
         with pytest.raises(ChecksumError):
             await content(files[0])
+
+
+async def test_what_is_copied_is_moved_though_there_is_no_room_yet_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have taken, meanwhile, what was free when the metadata server named the moves."""
+    grants = 0
+    call = Session.call
+
+    async def second_grant_is_put_off(
+        session: Session, opcode: Opcode, request: Message, **options: int
+    ) -> object:
+        nonlocal grants
+        grants += opcode is Opcode.GRANT_BLOCKS
+        if opcode is Opcode.GRANT_BLOCKS and grants == 2:
+            raise UnavailableError("blocks are being reclaimed")
+        return await call(session, opcode, request, **options)
+
+    async with (
+        tiered_cluster(tmp_path) as cluster,
+        stepped_mover(cluster) as mover,
+        cluster.client() as client,
+    ):
+        files = await write_files(client, MEMORY_BLOCKS // FILE_BLOCKS - 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "call", second_grant_is_put_off)
+            with pytest.raises(UnavailableError, match="being reclaimed"):
+                await mover.settle()
+        assert mover.counters["demoted_bytes"] == FILE_BLOCKS * BLOCK
+        await check(files)
+        await mover.settle()
+        assert await used_blocks(client, Tier.MEMORY) <= LOW_BLOCKS
+        await check(files)
 
 
 async def test_a_file_that_is_removed_while_it_is_copied(tmp_path: Path) -> None:
