@@ -276,7 +276,7 @@ class MetadataHandler:
             reply, _, shown = self._driver.execute(client_id, request_id, opcode, request)
             if client_id:
                 self._leases.show(client_id, shown)
-            if isinstance(request, GetExtents):
+            if isinstance(request, GetExtents) and not isinstance(reply, CrailError):
                 self._heat.use(request.ino)
             self._answers.append(_Answer(peer, request_id, reply))
 
@@ -294,7 +294,7 @@ class MetadataHandler:
         if isinstance(outcome.reply, TryAgainError):
             # Blocks that files no longer have come back once that outlives a power cut.
             self.sync_wanted()
-        if isinstance(request, CommitFile):
+        if isinstance(request, CommitFile) and not isinstance(outcome.reply, CrailError):
             self._heat.use(request.ino)
         elif isinstance(request, SetXattr) and request.name == TTL_XATTR:
             self._expiry.wake()

@@ -105,7 +105,8 @@ class Planner:
             ROWS_MAX,
         )
         self._note_full(search.tiers)
-        own_tiers = {place.tier for place in search.own.values()}
+        # A server that counts as dead may ask before it registers again: its tiers can be missing.
+        own_tiers = {place.tier for place in search.own.values()} & search.tiers.keys()
         hand = self._hands.setdefault(request.server_id, _Hand())
         urgent = more = False
         full = [tier for tier in own_tiers & self._full if self._goes_down_from(tier, search)]
@@ -188,7 +189,9 @@ class Planner:
         remembered = self._heat.idle_s(node.ino)
         if remembered is not None:
             return remembered
-        return (now_ns - max(node.atime_ns, node.mtime_ns)) / NANOSECONDS_PER_SECOND
+        # Anybody may set times that are yet to come: such a node is the youngest, not ever younger.
+        used_ns = min(now_ns, max(node.atime_ns, node.mtime_ns))
+        return (now_ns - used_ns) / NANOSECONDS_PER_SECOND
 
     # --- up -------------------------------------------------------------------------------------
 

@@ -102,7 +102,10 @@ async def _keep_durable(driver: Driver, handler: MetadataHandler) -> None:
         if driver.sync_due:
             await trio.to_thread.run_sync(driver.sync_journal)
         driver.synced_header_changes = next_header_change
-        driver.free_settled()
+        try:
+            driver.free_settled()
+        except CrailError:
+            log.exception("what left files could not be freed; trying again")
         for answer in waiters:
             answer()
         handler.batch_done()

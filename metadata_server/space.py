@@ -298,21 +298,18 @@ def _let_go(txn: Txn, context: Context, spans: list[Span]) -> None:
     free_space.give(txn, spans)
 
 
-def free_cleared(txn: Txn, regions: Iterable[int], through: int) -> int:
+def free_cleared(txn: Txn, regions: Iterable[int], through: int) -> None:
     """All changes of these regions' headers with sequences up to ``through`` are durable there:
-    what waited for that becomes free. Returns how many blocks."""
-    spans = header_log.acknowledge(txn, regions, through)
-    free_space.give(txn, spans)
-    return sum(span.block_count for span in spans)
+    what waited for that becomes free."""
+    free_space.give(txn, header_log.acknowledge(txn, regions, through))
 
 
 # --- reclaim ------------------------------------------------------------------------------------
 
 
-def free_reclaimed(txn: Txn, context: Context, first_sequence: int, end_sequence: int) -> int:
+def free_reclaimed(txn: Txn, context: Context, first_sequence: int, end_sequence: int) -> None:
     """Nobody can see what was put into ``reclaim`` under ``first_sequence`` <= s <
-    ``end_sequence`` any more: it is let go, but for what clients may still write to. Returns how
-    many blocks."""
+    ``end_sequence`` any more: it is let go, but for what clients may still write to."""
     rows = txn.scan(
         schema.RECLAIM,
         schema.reclaim_key(first_sequence, 0, 0),
@@ -320,7 +317,6 @@ def free_reclaimed(txn: Txn, context: Context, first_sequence: int, end_sequence
     )
     spans = _take_rows(txn, [(k, g) for k, g in _granted(rows) if g.client == NOBODY])
     _let_go(txn, context, spans)
-    return sum(span.block_count for span in spans)
 
 
 def reclaim_grants(txn: Txn, client_id: int) -> frozenset[int]:
@@ -337,9 +333,9 @@ def reclaim_grants(txn: Txn, client_id: int) -> frozenset[int]:
     return frozenset(span.region for span in spans)
 
 
-def free_fenced(txn: Txn, client_id: int, regions: frozenset[int]) -> int:
+def free_fenced(txn: Txn, client_id: int, regions: frozenset[int]) -> None:
     """The client can no longer write in these regions: what it had there becomes free (it was
-    never a file's: no header names it). Returns how many blocks."""
+    never a file's: no header names it)."""
     spans = _take_rows(
         txn,
         [
@@ -349,7 +345,6 @@ def free_fenced(txn: Txn, client_id: int, regions: frozenset[int]) -> int:
         ],
     )
     free_space.give(txn, spans)
-    return sum(span.block_count for span in spans)
 
 
 def _reclaim(txn: Txn, spans: list[Span], client_id: int) -> None:
@@ -400,15 +395,14 @@ def take_salvaged(txn: Txn, ino: int, extent: Extent, block_size_bytes: int) -> 
     return True
 
 
-def claim_rest(txn: Txn, region: int) -> int:
+def claim_rest(txn: Txn, region: int) -> None:
     """What is free in an unclaimed region was somebody's once: clear its headers, after which it
-    can be granted. Returns how many blocks."""
+    can be granted."""
     spans = free_space.runs(txn, region)
     header_log.clear(txn, spans)
     for span in spans:
         taken = free_space.take_exactly(txn, span)
         assert taken
-    return sum(span.block_count for span in spans)
 
 
 # --- regions ------------------------------------------------------------------------------------

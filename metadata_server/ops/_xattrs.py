@@ -52,9 +52,9 @@ class CrailXattr(NamedTuple):
     """From the node's placement and its default; None: it cannot be removed."""
 
 
-def _parse_integer(name: str, text: str) -> int:
+def _parse_integer(name: str, text: str, form: str = "a whole number") -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 19):
-        raise InvalidError(f"user.crail.{name}: {text[:32]!r} is not a whole number")
+        raise InvalidError(f"user.crail.{name}: {text[:32]!r} is not {form}")
     return int(text)
 
 
@@ -96,7 +96,11 @@ def _set_pinned(node: Attributes, text: str, block_size_bytes: int) -> Placement
 
 def _set_ttl(node: Attributes, text: str, block_size_bytes: int) -> Placement:
     unit_s = _TTL_UNITS_S.get(text[-1:])
-    number = _parse_integer("ttl", text if unit_s is None else text[:-1])
+    number = _parse_integer(
+        "ttl",
+        text if unit_s is None else text[:-1],
+        "a whole number of seconds, nor one with s, m, h or d behind it",
+    )
     return replace(node.placement, ttl_s=number * (unit_s or 1), ttl_is_own=True)
 
 

@@ -20,7 +20,7 @@ def run(txn: Txn, request: FetchHeaderChanges, context: Context) -> HeaderChange
         raise InvalidError(
             f"{request.change_limit} header changes at once: 1 to {HEADER_CHANGES_MAX} are possible"
         )
-    if request.applied_sequence >= txn.state(b"next_header_change"):
+    if not 0 <= request.applied_sequence < txn.state(b"next_header_change"):
         raise InvalidError(
             f"storage server {request.server_id.hex()} says that it has applied header change "
             f"{request.applied_sequence}, which there has not been: it must register again"

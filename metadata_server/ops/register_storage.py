@@ -21,8 +21,9 @@ _HEADER_SEQUENCE_MAX = 1 << 63
 
 def run(txn: Txn, request: RegisterStorage, context: Context) -> RegisterReply:
     """A region that the server had before and does not name now is lost, until it names it: its
-    header changes wait for that (nothing is granted there meanwhile, so each block waits at most
-    once). One that comes with blocks of files and was never seen here is unclaimed."""
+    header changes wait for that (nothing is granted there meanwhile, so each block is cleared at
+    most once, and cut at most as often as it has bytes). One that comes with blocks of files and
+    was never seen here is unclaimed."""
     server = request.server
     _check(server, request.regions, context.block_size_bytes)
     known = {}
@@ -73,8 +74,10 @@ def _check(server: StorageServerInfo, regions: Sequence[RegionInfo], block_size_
                 f"region {region.label} has {region.block_count} blocks: between 1 and "
                 f"{REGION_BLOCKS_MAX} are possible"
             )
-        if region.held_blocks > (region.block_count if region.keeps_headers else 0) or (
-            region.header_sequence > _HEADER_SEQUENCE_MAX
+        held_max = region.block_count if region.keeps_headers else 0
+        if not (
+            0 <= region.held_blocks <= held_max
+            and 0 <= region.header_sequence <= _HEADER_SEQUENCE_MAX
         ):
             raise InvalidError(
                 f"region {region.label} says that {region.held_blocks} of {region.block_count} "

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from crailfs.errors import CrailError, InvalidError, NoSpaceError, TryAgainError
 from crailfs.limits import HEADER_CHANGES_MAX
@@ -151,7 +152,8 @@ def test_pages_are_in_the_order_of_what_happened(headered: Headered) -> None:
 @pytest.mark.parametrize(
     ("server_id", "applied_sequence", "limit"),
     [(b"x" * 16, 0, 1), (b"s", 0, 1), (SERVER_ID, 1_000, 1), (SERVER_ID, 0, 0),
-     (SERVER_ID, 0, HEADER_CHANGES_MAX + 1), (SERVER_ID, (1 << 64) - 1, 1)],
+     (SERVER_ID, 0, HEADER_CHANGES_MAX + 1), (SERVER_ID, (1 << 64) - 1, 1),
+     (SERVER_ID, -1, 1), (SERVER_ID, -5, 1)],
 )  # fmt: skip
 def test_impossible_questions_are_refused(
     headered: Headered, server_id: bytes, applied_sequence: int, limit: int
@@ -181,6 +183,25 @@ def test_a_region_cannot_lose_its_headers(headered: Headered) -> None:
     with pytest.raises(InvalidError, match="kept headers"):
         headered.do(Opcode.REGISTER_STORAGE, RegisterStorage(server, (info,)))
     headered.register()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"held_blocks": -1},
+        {"held_blocks": 9},
+        {"held_blocks": 1, "keeps_headers": False},
+        {"header_sequence": -1},
+        {"header_sequence": (1 << 63) + 1},
+    ],
+)
+def test_a_region_whose_headers_cannot_be_is_refused(
+    headered: Headered, headers: dict[str, int]
+) -> None:
+    server = StorageServerInfo(b"o" * 16, "other", "", "", "", 0, "boot")
+    info = RegionInfo(b"9" * 16, Tier.NVME, BLOCK_SIZE_BYTES, 8, True, "", keeps_headers=True)
+    with pytest.raises(InvalidError, match="that cannot be"):
+        headered.do(Opcode.REGISTER_STORAGE, RegisterStorage(server, (replace(info, **headers),)))
 
 
 def test_a_lost_region_keeps_its_log_until_it_is_back(headered: Headered) -> None:

@@ -41,6 +41,7 @@ from crailfs.wire.messages import (
 from metadata_server import moves, sessions
 from metadata_server.context import Context
 from metadata_server.heat import HALF_LIFE_S, NODES_MAX, ROTATE_S, Heat
+from metadata_server.membership import Membership
 from metadata_server.moves import Planner
 from metadata_server.txn import Txn
 from tests.metadata.name_space import BLOCK_SIZE_BYTES, Clock, NameSpace
@@ -255,6 +256,14 @@ def test_a_node_is_cold_by_its_times_after_a_restart(tiers: Tiers) -> None:
     assert [move.attributes.ino for move in tiers.next_moves().moves] == [old]
 
 
+def test_times_that_are_yet_to_come_do_not_hold_a_file_where_it_is(tiers: Tiers) -> None:
+    file = tiers.file(1, 95, Tier.MEMORY)
+    in_ten_years_ns = tiers.clock() + 315_000_000 * NANOSECONDS_PER_SECOND
+    tiers.do(Opcode.SET_ATTRIBUTES, SetAttributes(file, mtime_ns=in_ten_years_ns))
+    tiers.pass_time(1_000)
+    assert [move.attributes.ino for move in tiers.all_moves()] == [file]
+
+
 def test_each_server_moves_what_lies_in_its_own_regions(tiers: Tiers) -> None:
     tiers.file(1, 95, Tier.MEMORY)
     tiers.pass_time(1_000)
@@ -292,6 +301,17 @@ def test_a_slower_tier_is_not_filled_beyond_its_own_high_water_mark(tiers: Tiers
 def test_only_servers_of_the_cluster_are_told(tiers: Tiers, server_id: bytes) -> None:
     with pytest.raises(InvalidError):
         tiers.next_moves(server_id)
+
+
+def test_a_server_that_counts_as_dead_has_nothing_to_move_down(tiers: Tiers) -> None:
+    """It was held up, and asks before it registers again."""
+    membership = Membership(tiers.driver, timeout_s=5, clock_s=lambda: tiers.now_s)
+    tiers.file(1, 95, Tier.MEMORY)
+    tiers.pass_time(1_000)
+    assert tiers.next_moves().moves
+    membership.heard(OTHER)
+    membership.expire()
+    assert tiers.next_moves() == Moves(())
 
 
 def test_what_goes_down_is_urgent_when_the_tier_is_nearly_full(tiers: Tiers) -> None:

@@ -318,6 +318,12 @@ def test_placement_values_that_cannot_be(space: NameSpace, name: bytes, value: b
     assert space.attributes(file.ino) == file
 
 
+@pytest.mark.parametrize("value", [b"10x", b"1.5h", b"h"])
+def test_who_sets_a_time_to_live_is_told_its_units(space: NameSpace, value: bytes) -> None:
+    with pytest.raises(InvalidError, match="seconds, nor one with s, m, h or d behind it"):
+        space.set_xattr(space.create(b"file").ino, b"user.crail.ttl", value)
+
+
 def test_the_kind_is_shown_and_never_changes(space: NameSpace) -> None:
     table = space.mkdir(b"table", kind=NodeKind.TABLE)
     assert space.get_xattr(table, b"user.crail.kind") == b"table"

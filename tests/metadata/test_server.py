@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from crailfs.config import Credentials, MetadataConfig
-from crailfs.errors import AuthenticationError, BusyError, CrailError
+from crailfs.errors import AuthenticationError, BusyError, CrailError, NoSpaceError
 from crailfs.net.client import RpcClient
 from crailfs.records import ANY_TIER, NodeKind, RegionInfo, StorageServerInfo, Tier
 from crailfs.units import ROOT_INODE
@@ -38,6 +38,7 @@ from crailfs.wire.messages import (
     SyncMetadata,
     Welcome,
 )
+from metadata_server.driver import Driver
 from metadata_server.handler import DEFAULT_TIMINGS
 from metadata_server.server import Timings, serve
 
@@ -252,6 +253,27 @@ async def test_durable_replies_follow_a_sync_that_serves_all_waiting(
                 nursery.start_soon(client.call, Opcode.COMMIT_FILE, request)
             nursery.start_soon(client.call, Opcode.SYNC_METADATA, SyncMetadata())
         assert 1 <= syncs - before <= 4
+
+
+async def test_a_database_that_cannot_grow_does_not_stop_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that left files become free when it can."""
+    failures = 0
+
+    def fails(driver: Driver) -> None:
+        nonlocal failures
+        failures += 1
+        raise NoSpaceError("the metadata server's database cannot grow")
+
+    async with running(tmp_path) as address, connected(address, 1) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(Driver, "free_settled", fails)
+            for _ in range(2):
+                await client.call(Opcode.SYNC_METADATA, SyncMetadata())
+        assert failures
+        await client.create(b"f")
+        await client.call(Opcode.SYNC_METADATA, SyncMetadata())
 
 
 async def test_a_stop_is_clean_and_leaves_nothing_to_wait_for(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from crailfs.errors import (
     CrailError,
     FencedError,
     NotPermittedError,
+    StaleError,
     TryAgainError,
 )
 from crailfs.records import ANY_TIER, NodeKind
@@ -18,6 +19,7 @@ from crailfs.wire.messages import (
     Empty,
     EndSession,
     GetAttributes,
+    GetExtents,
     GetStatus,
     GrantBlocks,
     Invalidation,
@@ -479,3 +481,15 @@ def test_status_counts_what_happened(server: Server) -> None:
     assert status.uptime_seconds == 3
     assert status.statistics.node_count == 2
     assert status.cluster.servers[0].seconds_since_heard == 3
+
+
+def test_what_is_asked_in_vain_is_no_use_of_a_node(server: Server) -> None:
+    client = server.connect(1)
+    ino = server.create(client, b"f")
+    server.ask(client, Opcode.GET_EXTENTS, GetExtents(ino, 0, 1))
+    assert server.handler._heat.idle_s(ino) == 0.0
+    with pytest.raises(StaleError):
+        server.ask(client, Opcode.GET_EXTENTS, GetExtents(ino + 1, 0, 1))
+    with pytest.raises(StaleError):
+        server.ask(client, Opcode.COMMIT_FILE, CommitFile(ino + 1, (), (), 0, 0))
+    assert server.handler._heat.idle_s(ino + 1) is None
