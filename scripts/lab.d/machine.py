@@ -62,7 +62,7 @@ class Shape:
 
 
 class Machine:
-    """A running guest; ``boot`` makes it."""
+    """A running guest; ``Starting.wait`` makes it."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], channel: Channel, directory: Path, booted_s: float

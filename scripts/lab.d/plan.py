@@ -69,11 +69,10 @@ def read(seed: int) -> Plan:
 
 
 def carry_out(steps: Sequence[Step], limit_s: float, results: Path) -> int:
-    """Runs the steps within ``limit_s`` in all.
+    """Runs the steps within ``limit_s`` in all; each within what is left, at most its own limit.
 
     Merges their reports into ``results/junit.xml``, prints a line for each and writes them to
-    ``results/SUMMARY``. Returns 0 when all
-    passed, and each ran at least one test.
+    ``results/SUMMARY``. Returns 0 when all passed, and each ran at least one test.
     """
     deadline = time.monotonic() + limit_s
     lines = []

@@ -27,7 +27,10 @@ pytestmark = [
 
 
 def lab(tmp_path: Path, *arguments: str) -> list[str]:
-    return [str(ROOT / "scripts/lab"), "exec", "--results", str(tmp_path), *arguments]
+    # Killed at its time limit, pytest has no chance to end what it started.
+    dies_with_us = ["setpriv", "--pdeathsig", "KILL"]
+    command = [str(ROOT / "scripts/lab"), "exec", "--results", str(tmp_path)]
+    return [*dies_with_us, *command, *arguments]
 
 
 def failure(report: Path) -> ElementTree.Element:
