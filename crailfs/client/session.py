@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
@@ -66,6 +67,7 @@ class Session:
         self._open_inodes = open_inodes
         self._was_welcomed = False
         self._ended = trio.Event()
+        """Set when the metadata server has ended the session."""
         self._mutations = 0
         self._keepalive_due = trio.Event()
         self._begin()
@@ -73,15 +75,15 @@ class Session:
     def _begin(self) -> None:
         self.client_id = secrets.randbits(63) + 1
         self._was_welcomed = False
-        self._ended = trio.Event()
+        ended = self._ended = trio.Event()
         self._rpc = RpcClient(
             self._config.metadata,
             self._config.credentials,
             role=Role.CLIENT,
             client_id=self.client_id,
             on_push=self._pushed,
-            on_connected=self._connected,
-            on_disconnected=self._disconnected,
+            on_connected=functools.partial(self._connected, ended),
+            on_disconnected=functools.partial(self._disconnected, ended),
         )
 
     @property
@@ -94,25 +96,27 @@ class Session:
         task_status.started()
         async with trio.open_nursery() as nursery:
             while True:
-                retired = trio.CancelScope()
-                nursery.start_soon(self._run_connection, self._rpc, retired)
+                nursery.start_soon(self._run_connection, self._rpc, self._ended)
                 await self._ended.wait()
                 log.warning(
                     "session %016x has ended at the metadata server: what was not committed is"
                     " lost; going on with a new one",
                     self.client_id,
                 )
-                # Calls that are under way still get their answers.
-                retired.deadline = trio.current_time() + self._config.operation_timeout_ms / 1000
                 self.cache.disconnect()
                 self._begin()
                 self._on_lost()
 
-    async def _run_connection(self, rpc: RpcClient, retired: trio.CancelScope) -> None:
-        with retired:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(rpc.run)
-                nursery.start_soon(self._keep_alive, rpc)
+    async def _run_connection(self, rpc: RpcClient, ended: trio.Event) -> None:
+        async with trio.open_nursery() as connection:
+            connection.start_soon(rpc.run)
+            async with trio.open_nursery() as alive:
+                alive.start_soon(self._keep_alive, rpc)
+                await ended.wait()
+                alive.cancel_scope.cancel()
+            # Calls that are under way still get their answers.
+            await rpc.settle()
+            connection.cancel_scope.cancel()
 
     async def call(
         self, opcode: Opcode, request: Message, *, deadline_ms: int | None = None
@@ -157,14 +161,17 @@ class Session:
             except TryAgainError as again:
                 error = again
 
-    async def _connected(self, welcome: Welcome, challenge: Challenge) -> None:
+    async def _connected(self, ended: trio.Event, welcome: Welcome, challenge: Challenge) -> None:
+        if ended is not self._ended:
+            return  # of a session that ended before: it says nothing of this one
         self.cache.lease_seconds = welcome.lease_ms / 1000
         if welcome.session_is_new and self._was_welcomed:
-            self._ended.set()
+            ended.set()
         self._was_welcomed = True
 
-    def _disconnected(self) -> None:
-        self.cache.disconnect()
+    def _disconnected(self, ended: trio.Event) -> None:
+        if ended is self._ended:
+            self.cache.disconnect()
 
     async def _pushed(self, opcode: Opcode, request: Message) -> Message:
         if not isinstance(request, Invalidate):
@@ -172,7 +179,7 @@ class Session:
         return InvalidateReply(await self._on_invalidate(request.entries))
 
     async def _keep_alive(self, rpc: RpcClient) -> None:
-        while self._rpc is rpc:
+        while True:
             with trio.move_on_after(KEEPALIVE_INTERVAL_MS / 1000) as pause:
                 await self._keepalive_due.wait()
             if not pause.cancelled_caught:

@@ -82,6 +82,7 @@ class RpcClient:
         """Calls without an answer, by request id, in the order of their ids."""
         self._room = trio.lowlevel.ParkingLot()
         """Callers that wait because too many calls are in flight."""
+        self._settled = trio.lowlevel.ParkingLot()
         self._next_request_id = 1
         self._last_failure = "no connection has been tried"
         self._refusal: CrailError | None = None
@@ -187,6 +188,13 @@ class RpcClient:
         del self._pending[call.request_id]
         if self._room:
             self._room.unpark()
+        if not self._pending:
+            self._settled.unpark_all()
+
+    async def settle(self) -> None:
+        """Wait until all calls have been answered or given up."""
+        while self._pending:
+            await self._settled.park()
 
     def _abandon(self, call: Call) -> None:
         self._answered(call)

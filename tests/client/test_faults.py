@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from crailfs.client.filesystem import FileSystem
 from crailfs.config import RegionConfig
 from crailfs.errors import FencedError, UnavailableError
+from crailfs.net.client import RpcClient
 from crailfs.records import Tier
 from crailfs.units import ROOT_INODE
 from crailfs.wire.messages import Invalidation
@@ -203,6 +204,44 @@ async def test_what_was_not_committed_when_the_session_ended_is_reported_once(
             return await free_blocks(client) == free - 2
 
         await eventually(blocks_are_free_again)
+
+
+async def test_what_becomes_of_a_session_that_ended_does_not_end_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection is kept for calls that are under way, and may be lost in turn."""
+
+    async def there_always_are(client: RpcClient) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(RpcClient, "settle", there_always_are)
+    async with (
+        running_cluster(tmp_path) as cluster,
+        cluster.client() as watching,
+        cluster.client("tcp") as client,
+    ):
+        file = await create(client)
+        first_id = client.client_id
+
+        async def lose_the_first_session() -> None:
+            await cluster.metadata.stop()
+            cluster.expire_session(first_id)
+            await cluster.start_metadata()
+
+        async def all_are_connected() -> bool:
+            return (await watching.status()).session_count == 3
+
+        await lose_the_first_session()
+        await eventually(all_are_connected)
+        second_id = client.client_id
+        assert second_id != first_id
+        await file.write(0, b"still there")
+        await lose_the_first_session()
+        await eventually(all_are_connected)
+        await file.flush()
+        assert client.client_id == second_id
+        assert await content(file) == b"still there"
+        await file.close()
 
 
 async def test_a_flush_that_waits_when_the_session_ends_is_told_so(tmp_path: Path) -> None:
