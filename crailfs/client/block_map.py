@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from crailfs.client.ranges import RangeSet
@@ -46,6 +46,43 @@ def cut(extent: Extent, first_block: int, end_block: int, block_size_bytes: int)
         checksums=extent.checksums[
             skipped * CHECKSUM_BYTES : (end - extent.file_block) * CHECKSUM_BYTES
         ],
+    )
+
+
+def joined(extents: Sequence[Extent], block_size_bytes: int) -> list[Extent]:
+    """For reading: ``extents``, in file order, with those in one that follow each other in the file
+    and in each replica. Its generations are those of its first part."""
+    found: list[Extent] = []
+    parts: list[Extent] = []
+    for extent in extents:
+        if parts and not _continues(parts[-1], extent, block_size_bytes):
+            found.append(_join(parts))
+            parts = []
+        parts.append(extent)
+    if parts:
+        found.append(_join(parts))
+    return found
+
+
+def _continues(extent: Extent, behind: Extent, block_size_bytes: int) -> bool:
+    return (
+        extent.file_block + extent.block_count == behind.file_block
+        and extent.tail_stored_bytes == extent.tail_visible_bytes == block_size_bytes
+        and [(place.region, place.block + extent.block_count) for place in extent.replicas]
+        == [(place.region, place.block) for place in behind.replicas]
+    )
+
+
+def _join(parts: Sequence[Extent]) -> Extent:
+    if len(parts) == 1:
+        return parts[0]
+    return Extent(
+        file_block=parts[0].file_block,
+        block_count=sum(part.block_count for part in parts),
+        tail_stored_bytes=parts[-1].tail_stored_bytes,
+        tail_visible_bytes=parts[-1].tail_visible_bytes,
+        replicas=parts[0].replicas,
+        checksums=b"".join(part.checksums for part in parts),
     )
 
 

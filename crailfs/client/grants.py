@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import trio
+from msgspec.structs import replace
 
 from crailfs.errors import CrailError, NoSpaceError
 from crailfs.limits import GRANT_BLOCKS_MAX, GRANT_RUNS_MAX
@@ -40,17 +41,17 @@ def merge_runs(runs: Iterable[Run]) -> list[Run]:
     merged: list[Run] = []
     for run in sorted(runs, key=lambda run: (run.region, run.block)):
         last = merged[-1] if merged else None
-        if (
-            last is not None
-            and (last.region, last.generation) == (run.region, run.generation)
-            and last.block + last.block_count == run.block
-        ):
-            merged[-1] = Run(
-                last.region, last.block, last.block_count + run.block_count, last.generation
-            )
+        if last is not None and _follows(last, run):
+            merged[-1] = replace(last, block_count=last.block_count + run.block_count)
         else:
             merged.append(run)
     return merged
+
+
+def _follows(run: Run, behind: Run) -> bool:
+    """Whether ``behind`` begins where ``run`` ends, and was granted with it."""
+    end = run.block + run.block_count
+    return (run.region, run.generation, end) == (behind.region, behind.generation, behind.block)
 
 
 class GrantPool:
@@ -83,6 +84,16 @@ class GrantPool:
         """
         while not self._runs:
             await self._refill(block_count)
+        return self._take_first(block_count)
+
+    def take_behind(self, run: Run, block_count: int) -> Run | None:
+        """``run`` with up to ``block_count`` more blocks, if those that follow it are here."""
+        if not self._runs or not _follows(run, self._runs[0]):
+            return None
+        more = self._take_first(block_count)
+        return replace(run, block_count=run.block_count + more.block_count)
+
+    def _take_first(self, block_count: int) -> Run:
         run = self._runs[0]
         if run.block_count <= block_count:
             self._runs.popleft()
@@ -98,17 +109,8 @@ class GrantPool:
     def give_back(self, run: Run) -> None:
         """A run of this pool that was not used, or that holds nothing that anybody needs."""
         self.block_count += run.block_count
-        if self._runs:
-            first = self._runs[0]
-            if (first.region, first.generation, first.block) == (
-                run.region,
-                run.generation,
-                run.block + run.block_count,
-            ):
-                self._runs[0] = Run(
-                    run.region, run.block, run.block_count + first.block_count, run.generation
-                )
-                return
+        if self._runs and _follows(run, self._runs[0]):
+            run = replace(run, block_count=run.block_count + self._runs.popleft().block_count)
         self._runs.appendleft(run)
 
     def tick(self) -> list[Run]:
@@ -217,6 +219,10 @@ class Grants:
                     raise
                 await self._give_to_server(unused)
             return await pool.take(block_count)
+
+    def take_behind(self, key: PoolKey, run: Run, block_count: int) -> Run | None:
+        """``run`` with up to ``block_count`` more blocks, if those that follow it are here."""
+        return self.pool(key).take_behind(run, block_count)
 
     def give_back(self, key: PoolKey, run: Run) -> None:
         self.pool(key).give_back(run)

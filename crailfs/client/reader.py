@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 import trio
 from xxhash import xxh3_64_intdigest
 
-from crailfs.client.block_map import FILE_BLOCKS_END, BlockMap
+from crailfs.client.block_map import FILE_BLOCKS_END, BlockMap, joined
 from crailfs.client.file_state import FileState, PendingBlock
 from crailfs.client.pending_io import PendingIo
 from crailfs.client.session import Session
@@ -175,6 +175,8 @@ class Reader:
         first = offset // block_size
         end = blocks_for(offset + byte_count, block_size)
         extents = blocks.overlapping(first, end)
+        if len(extents) > 1:
+            extents = joined(extents, block_size)
         if not pending and len(extents) == 1:
             extent = extents[0]
             extent_end = extent.file_block + extent.block_count

@@ -179,9 +179,9 @@ class Writer:
     async def _allocate(self, state: FileState, block_count: int) -> Run:
         """A run of 1 to ``block_count`` blocks. A file that grows takes more at once, so that its
         blocks come to lie next to each other."""
-        run = state.reserved
+        ahead = min(max(state.taken_blocks, state.allocation_blocks), CONTIGUOUS_BLOCKS_MAX)
+        run, state.reserved = state.reserved, None
         if run is None:
-            ahead = min(max(state.taken_blocks, state.allocation_blocks), CONTIGUOUS_BLOCKS_MAX)
             run = await self._grants.take(state.pool_key, max(block_count, ahead))
             state.taken_blocks += run.block_count
             if self._storage.known(run.region) is None:
@@ -190,7 +190,13 @@ class Writer:
                 except CrailError:
                     self._grants.give_back(state.pool_key, run)
                     raise
-        state.reserved = None
+        while run.block_count < block_count:
+            wanted = max(block_count - run.block_count, ahead)
+            longer = self._grants.take_behind(state.pool_key, run, wanted)
+            if longer is None:
+                break
+            state.taken_blocks += longer.block_count - run.block_count
+            run = longer
         if run.block_count > block_count:
             run, state.reserved = split(run, block_count)
         return run

@@ -1,9 +1,11 @@
 """``BlockMap`` against one entry for each block."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crailfs.client.block_map import BlockMap
+from crailfs.client.block_map import BlockMap, cut, joined
 from crailfs.records import Extent, Location
 
 BLOCK = 4096
@@ -91,3 +93,30 @@ def test_only_learned_ranges_are_known() -> None:
     assert blocks.first_unknown(3, 9) == (3, 4)
     assert blocks.first_unknown(4, 9) == (6, 9)
     assert blocks.knows(4, 6)
+
+
+@given(st.data())
+def test_what_is_joined_is_what_was_cut(data: st.DataObject) -> None:
+    """Some places are neighbours by accident: runs of whole blocks of one region."""
+    whole = [
+        Extent(begin, 8, tail, tail, (Location(region, place, 3),), bytes(range(begin, begin + 64)))
+        for begin, tail, region, place in (
+            (0, BLOCK, 1, 100), (8, BLOCK, 1, 108), (16, 9, 1, 116), (24, BLOCK, 1, 124),
+            (40, BLOCK, 1, 132), (48, BLOCK, 2, 140), (56, BLOCK, 2, 150),
+        )
+    ]  # fmt: skip
+    cuts = sorted(data.draw(st.sets(st.integers(0, 64), max_size=12)) | {0, 64})
+    parts = [
+        cut(extent, begin, end, BLOCK)
+        for begin, end in itertools.pairwise(cuts)
+        for extent in whole
+        if extent.file_block < end and begin < extent.file_block + extent.block_count
+    ]
+    found = joined(parts, BLOCK)
+    assert [(each.file_block, each.block_count) for each in found] == [
+        (0, 24), (24, 8), (40, 8), (48, 8), (56, 8)
+    ]  # fmt: skip
+    assert [each.tail_visible_bytes for each in found] == [9, BLOCK, BLOCK, BLOCK, BLOCK]
+    assert b"".join(each.checksums for each in found) == b"".join(
+        extent.checksums for extent in whole
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
 import pytest
 
+from crailfs.client.grants import merge_runs
 from crailfs.errors import (
     ChecksumError,
     InvalidError,
@@ -15,7 +17,9 @@ from crailfs.errors import (
     TooLargeError,
 )
 from crailfs.limits import FILE_SIZE_MAX_BYTES
-from crailfs.records import NodeKind
+from crailfs.net.sending import Buffer
+from crailfs.records import NodeKind, Run
+from crailfs.transports.tcp import TcpTransport
 from crailfs.units import MIB, ROOT_INODE
 from tests.client.helpers import (
     BLOCK,
@@ -303,3 +307,44 @@ async def test_values_of_tables_use_no_more_space_than_they_need(tmp_path: Path)
                 assert attributes.block_count == -(-size // BLOCK)
         async with cluster.client() as client:
             assert await free_blocks(client) == free - 1
+
+
+async def test_neighbouring_blocks_go_in_one_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one grant are written so, and all of them read, whatever was taken ahead."""
+    written: list[Run] = []
+    read_blocks: list[int] = []
+    write, read = TcpTransport.write, TcpTransport.read
+
+    async def noted_write(
+        transport: TcpTransport, region: int, offset: int, generation: int, data: Buffer
+    ) -> None:
+        written.append(Run(region, offset // BLOCK, len(data) // BLOCK, generation))
+        await write(transport, region, offset, generation, data)
+
+    async def noted_read(
+        transport: TcpTransport, region: int, offset: int, byte_count: int
+    ) -> Buffer:
+        read_blocks.append(byte_count // BLOCK)
+        return await read(transport, region, offset, byte_count)
+
+    monkeypatch.setattr(TcpTransport, "write", noted_write)
+    monkeypatch.setattr(TcpTransport, "read", noted_read)
+    monkeypatch.setattr(TcpTransport, "write_piece_bytes", 64 * MIB)
+    async with (
+        running_cluster(tmp_path, memory_bytes=64 * MIB) as cluster,
+        cluster.client("tcp") as client,
+    ):
+        file = await create(client)
+        data = random.Random(1).randbytes(600 * BLOCK)
+        for begin, end in itertools.pairwise((0, 5, 30, 100, 101, 300, 310, 500, 600)):
+            written.clear()
+            await file.write(begin * BLOCK, data[begin * BLOCK : end * BLOCK])
+            await file.flush()
+            assert sum(run.block_count for run in written) == end - begin
+            assert len(merge_runs(written)) == len(written)
+        # There was nothing but this file to take blocks: all follow each other.
+        assert await file.read(0, 600 * BLOCK) == data
+        assert read_blocks == [600]
+        await file.close()
