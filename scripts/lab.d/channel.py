@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+_SILENT_S = 1.0
+
 
 class GuestError(Exception):
     """The guest ended, hung so that QEMU must be killed, or failed; str() says which."""
@@ -60,18 +62,25 @@ class Channel:
         deadline: float,
         output: Callable[[bytes], object],
         env: dict[str, str] | None = None,
+        check: Callable[[], object] = lambda: None,
     ) -> int:
         """Runs ``argv`` in the guest to its end; returns its exit code (negative: a signal).
+
+        ``check`` is called whenever the guest was silent for a second, and may raise.
 
         Raises:
             GuestError: the guest ended, or the command was not done in time.
         """
         self.begin(argv, env)
-        while not isinstance(event := self.event(deadline), int):
+        while time.monotonic() < deadline:
+            event = self.event(min(deadline, time.monotonic() + _SILENT_S))
+            if isinstance(event, int):
+                return event
             if event is None:
-                raise GuestError(f"{' '.join(argv)[:80]!r} was not done within its time limit")
-            output(event)
-        return event
+                check()
+            else:
+                output(event)
+        raise GuestError(f"{' '.join(argv)[:80]!r} was not done within its time limit")
 
     def drain(self, output: Callable[[bytes], object]) -> None:
         """What was on its way when QEMU was killed."""

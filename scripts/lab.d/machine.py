@@ -99,6 +99,12 @@ def console_tail(directory: Path) -> str:
     return "\n".join(lines[begin:])
 
 
+def panicked(directory: Path) -> bool:
+    """Whether the kernel of a guest with its console somewhere in ``directory`` has given up."""
+    consoles = directory.glob("**/console.log")
+    return any("Kernel panic" in path.read_text(errors="replace") for path in consoles)
+
+
 def two_ends() -> tuple[socket.socket, socket.socket]:
     """A cable between two guests' network cards."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

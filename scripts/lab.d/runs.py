@@ -81,12 +81,16 @@ def in_guests(image: Image, run: Run, results: Path) -> int:
             guests = _boot(stack, image, run, files, directory)
             took = ", ".join(f"{guest.booted_s:.1f} s" for guest in guests)
             print(f"lab: {run.name}: {run.guests} guest(s) booted in {took}", flush=True)
-            code = guests[-1].channel.run(
-                [*pytest, *run.arguments], began + run.limit_s, Output(log)
-            )
-            for guest in guests:
-                if guest.process.poll() is not None:
-                    raise GuestError(f"{guest.directory.name} ended by itself during the run")
+
+            def check() -> None:
+                for guest in guests:
+                    if guest.process.poll() is not None:
+                        raise GuestError(f"{guest.directory.name} ended by itself during the run")
+
+            command = [*pytest, *run.arguments]
+            deadline = began + run.limit_s
+            code = guests[-1].channel.run(command, deadline, Output(log), check=check)
+            check()
         except GuestError as error:
             message, details = f"{run.name}: {error}", tails(directory)
             print(f"lab: {message}\n{details}", flush=True)

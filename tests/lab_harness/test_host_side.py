@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -109,3 +110,46 @@ def test_every_path_of_the_plan_exists() -> None:
     paths = done.stdout.split()
     assert paths
     assert [path for path in paths if not (ROOT / path.partition("::")[0]).exists()] == []
+
+
+@pytest.mark.parametrize("panics", [0, 1, 2])
+def test_a_part_in_which_a_kernel_panicked_is_run_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], panics: int
+) -> None:
+    monkeypatch.syspath_prepend(str(LAB))
+    junit, plan = importlib.import_module("junit"), importlib.import_module("plan")
+    attempts = 0
+
+    def attempt(limit_s: float) -> int:
+        nonlocal attempts
+        attempts += 1
+        failed = attempts <= panics
+        guest = tmp_path / "part/guest1"
+        guest.mkdir(parents=True)
+        (guest / "console.log").write_text("Kernel panic - not syncing" if failed else "login:")
+        message = "guest1 ended by itself" if failed else None
+        junit.write(tmp_path / "part.xml", "part", [junit.Case("guests", 1, message)])
+        return int(failed)
+
+    code = plan.carry_out([plan.Step("part", 100, attempt)], 100, tmp_path)
+    assert code == (panics == 2)
+    assert attempts == 1 + (panics > 0)
+    (line,) = (tmp_path / "summary.txt").read_text().splitlines()
+    assert ("once more after a guest's panic: part-panicked" in line) == (panics > 0)
+    assert (tmp_path / "part-panicked/guest1/console.log").exists() == (panics > 0)
+
+
+def test_a_part_that_failed_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(LAB))
+    junit, plan = importlib.import_module("junit"), importlib.import_module("plan")
+    attempts = []
+
+    def attempt(limit_s: float) -> int:
+        attempts.append(limit_s)
+        junit.write(tmp_path / "part.xml", "part", [junit.Case("test", 1, "it failed")])
+        return 1
+
+    assert plan.carry_out([plan.Step("part", 100, attempt)], 100, tmp_path) == 1
+    assert len(attempts) == 1
