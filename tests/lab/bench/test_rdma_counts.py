@@ -21,8 +21,8 @@ from crailfs.units import MIB
 
 pytestmark = pytest.mark.timeout(400)
 
-WAKEUPS_BY_MIB_MAX = 0.5
-"""Over what idle servers do. A server that were woken for each block would have 16."""
+WAKEUPS_BY_RUN_MAX = 0.25
+"""Over what idle servers do. A server that were woken for each run of blocks would have 1."""
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,10 @@ def test_reading_takes_reads_alone(tier: str, request: pytest.FixtureRequest) ->
 
 @pytest.mark.parametrize("tier", ["pmem", "memory"])
 def test_the_server_has_no_part_in_it(tier: str, request: pytest.FixtureRequest) -> None:
-    for count in request.getfixturevalue(f"in_{tier}").counts:
+    counts = request.getfixturevalue(f"in_{tier}").counts
+    for count in counts:
         assert count.server_requests == 0, count
         assert count.tcp_operations == 0, count
-        more = count.server_wakeups - count.server_idle_wakeups
-        assert more <= WAKEUPS_BY_MIB_MAX * count.byte_count / MIB, count
+    # Over all of them: timers do not tick evenly in a guest, and a few seconds of each say little.
+    more = sum(count.server_wakeups - count.server_idle_wakeups for count in counts)
+    assert more <= WAKEUPS_BY_RUN_MAX * sum(count.runs for count in counts), counts
