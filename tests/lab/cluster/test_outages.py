@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -48,8 +47,7 @@ def test_a_link_that_stays_down_is_an_error_in_time_and_up_again_all_goes_on(
         Load(mountpoint / "down", may_fail=True) as load,
     ):
         load.wait_for(3)
-        with Outage(nic).link_down():
-            time.sleep(OUTAGE_S)  # the outage itself
+        Outage(nic).link_down_for(OUTAGE_S)
         load.wait_for(load.done + 3)
         wait_until(lambda: reached_by_rdma(cluster), "RDMA is used again", timeout_s=30)
         load.wait_for(load.done + 2)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import random
+import shlex
 import subprocess
 import threading
 import time
@@ -144,18 +145,16 @@ class Load:
 
 
 class Outage:
-    """Something about the network that is wrong inside the block."""
+    """Something about the network that is wrong for a while."""
 
     def __init__(self, nic: str) -> None:
         self.nic = nic
 
-    @contextlib.contextmanager
-    def link_down(self) -> Iterator[None]:
-        run("ip", "link", "set", self.nic, "down")
-        try:
-            yield
-        finally:
-            run("ip", "link", "set", self.nic, "up")
+    def link_down_for(self, seconds: float) -> None:
+        """Returns when it is up again. A shell puts it up, not this process: a system call on a
+        mount that waits for the link may stop the whole interpreter meanwhile."""
+        link = f"ip link set {shlex.quote(self.nic)}"
+        run("sh", "-c", f"{link} down; sleep {seconds}; {link} up", timeout_s=seconds + 200)
 
     @contextlib.contextmanager
     def without_rdma(self) -> Iterator[None]:
@@ -170,6 +169,6 @@ class Outage:
             run("tc", "qdisc", "del", "dev", self.nic, "clsact")
 
 
-def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+def run(*command: str, timeout_s: float = 30) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
     assert done.returncode == 0, done.stderr

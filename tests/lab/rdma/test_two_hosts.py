@@ -165,8 +165,7 @@ def test_a_link_that_goes_down_and_up_loses_nothing(
         Load(tmp_path / "mnt" / "down") as load,
     ):
         load.wait_for(3)
-        with Outage(nic).link_down():
-            time.sleep(4)  # the outage itself
+        Outage(nic).link_down_for(4)
         reached = load.done
         load.wait_for(reached + 4)
         print(f"{load}")
