@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from processes import dies_with_us
 
 BOOT_LIMIT_S = 180
 """An idle machine takes about 10 s, one that does much else several times that."""
+BOOT_ATTEMPTS = 3
 CONSOLE_TAIL_LINES = 40
 CONSOLE_SEARCHED_LINES = 200
 
@@ -62,7 +63,7 @@ class Shape:
 
 
 class Machine:
-    """A running guest; ``Starting.wait`` makes it."""
+    """A running guest; ``boot`` makes it."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], channel: Channel, directory: Path, booted_s: float
@@ -120,7 +121,8 @@ def start(
 ) -> Starting:
     """Starts a guest whose logs and results go to ``directory``; it boots meanwhile.
 
-    ``cable`` is this guest's end; without one, its network has nobody else.
+    ``cable`` is this guest's end; without one, its network has nobody else. To be passed to
+    ``boot``.
     """
     (directory / "out").mkdir(parents=True, exist_ok=True)
     # Not in `directory`: a socket's path is short.
@@ -170,6 +172,10 @@ class Starting:
         channel.wait_ready(deadline)
         return Machine(self.process, channel, self.directory, time.monotonic() - self.began)
 
+    @property
+    def console(self) -> Path:
+        return self.directory / "console.log"
+
     def kill(self) -> None:
         self.listener.close()
         with contextlib.suppress(ProcessLookupError):
@@ -177,13 +183,34 @@ class Starting:
         self.process.wait()
 
 
-@contextlib.contextmanager
-def booted(starting: Starting) -> Iterator[Machine]:
-    """Waits for a guest and kills it at the end."""
-    try:
-        yield starting.wait()
-    finally:
-        starting.kill()
+def boot(
+    stack: contextlib.ExitStack, start: Callable[[contextlib.ExitStack], Sequence[Starting]]
+) -> list[Machine]:
+    """The guests that ``start`` starts, prepared; ``stack`` kills them at its end.
+
+    Where the kernel of one panics before it is prepared, all are started anew: nothing of what is
+    to be tested has run, but QEMU 7.2's emulated processors sometimes run code of the kernel as it
+    was before the kernel patched it. The console is kept as ``console-panicked-N.log``.
+
+    Raises:
+        GuestError: as ``Starting.wait``; after ``BOOT_ATTEMPTS`` also where a kernel panicked.
+    """
+    for attempt in range(1, BOOT_ATTEMPTS + 1):
+        with contextlib.ExitStack() as started:
+            starting = start(started)
+            try:
+                guests = [one.wait() for one in starting]
+            except GuestError:
+                broken = [one for one in starting if panicked(one.directory)]
+                if not broken or attempt == BOOT_ATTEMPTS:
+                    raise
+                for one in broken:
+                    one.console.rename(one.directory / f"console-panicked-{attempt}.log")
+                print("lab: a guest's kernel panicked while it booted; once more", flush=True)
+                continue
+            stack.push(started.pop_all())
+            return guests
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _command(

@@ -145,14 +145,9 @@ class _Rounds:
         env = {"CRAIL_LAB_ROUND": str(number)}
         if number:
             env["CRAIL_LAB_LAST_LOAD"] = f"/lab/out/load-{number - 1}.log"
-        starting = machine.start(
-            self._image,
-            self._source,
-            self._media,
-            self._directory / "guest1",
-            machine.Shape(cpus=1, memory_mib=1536),
-        )
-        with machine.booted(starting) as guest, open(self._directory / "output.log", "ab") as log:
+        with contextlib.ExitStack() as stack:
+            (guest,) = machine.boot(stack, self._start)
+            log = stack.enter_context(open(self._directory / "output.log", "ab"))
             log.write(f"--- boot {number}\n".encode())
             # Before the first load as well: the verification makes what it needs on fresh media.
             until = min(self._deadline, time.monotonic() + VERIFY_LIMIT_S)
@@ -162,6 +157,17 @@ class _Rounds:
             if number < self._plan.rounds:
                 with open(guest.out / f"load-{number}.log", "wb") as said:
                     self._load(guest, env, said)
+
+    def _start(self, stack: contextlib.ExitStack) -> list[machine.Starting]:
+        starting = machine.start(
+            self._image,
+            self._source,
+            self._media,
+            self._directory / "guest1",
+            machine.Shape(cpus=1, memory_mib=1536),
+        )
+        stack.callback(starting.kill)
+        return [starting]
 
     def _load(self, guest: machine.Machine, env: dict[str, str], said: BinaryIO) -> None:
         guest.channel.begin(shlex.split(self._plan.load), env)

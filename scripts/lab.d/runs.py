@@ -78,7 +78,9 @@ def in_guests(image: Image, run: Run, results: Path) -> int:
         source.make_disk(image, files / "source.img")
         log = stack.enter_context(open(directory / "output.log", "wb"))
         try:
-            guests = _boot(stack, image, run, files, directory)
+            guests = machine.boot(
+                stack, lambda started: _start(started, image, run, files, directory)
+            )
             took = ", ".join(f"{guest.booted_s:.1f} s" for guest in guests)
             print(f"lab: {run.name}: {run.guests} guest(s) booted in {took}", flush=True)
 
@@ -107,9 +109,10 @@ def in_guests(image: Image, run: Run, results: Path) -> int:
         return code
 
 
-def _boot(
+def _start(
     stack: contextlib.ExitStack, image: Image, run: Run, files: Path, directory: Path
-) -> list[machine.Machine]:
+) -> list[machine.Starting]:
+    """The guests of ``run``, which ``stack`` kills at its end."""
     cables = machine.two_ends() if run.guests == 2 else (None,)
     starting = []
     for node, cable in enumerate(cables, 1):
@@ -131,7 +134,7 @@ def _boot(
     for cable in cables:
         if cable is not None:
             cable.close()
-    return [one.wait() for one in starting]
+    return starting
 
 
 def tails(directory: Path) -> str:

@@ -26,7 +26,9 @@ def ready():
     os.write(int(sys.argv[2]), b'{"ready": ["here"]}\\n')
 """
 STEADY = READY + "ready(); signal.pause()"
-ENDS_WITH_0_ON_USR1 = READY + "signal.signal(10, lambda *_: os._exit(0)); ready(); signal.pause()"
+ENDS_WITH_0_ON_USR1 = (
+    READY + "signal.pthread_sigmask(signal.SIG_BLOCK, [10]); ready(); signal.sigwait([10])"
+)
 IGNORES_TERM = READY + "signal.signal(15, signal.SIG_IGN); ready()\nwhile True: signal.pause()"
 FAILS = (
     READY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -153,3 +154,56 @@ def test_a_part_that_failed_is_not_repeated(
 
     assert plan.carry_out([plan.Step("part", 100, attempt)], 100, tmp_path) == 1
     assert len(attempts) == 1
+
+
+@pytest.mark.parametrize("panics", [0, 1, 2, 3])
+def test_a_guest_whose_kernel_panicked_while_it_booted_is_booted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, panics: int
+) -> None:
+    monkeypatch.syspath_prepend(str(LAB))
+    machine = importlib.import_module("machine")
+    killed: list[int] = []
+    attempts: list[Booting] = []
+
+    class Booting:
+        directory = tmp_path
+        console = tmp_path / "console.log"
+
+        def wait(self) -> Booting:
+            broken = len(attempts) <= panics
+            self.console.write_text("Kernel panic - not syncing" if broken else "ready")
+            if broken:
+                raise machine.GuestError("the guest ended by itself")
+            return self
+
+    def start(stack: contextlib.ExitStack) -> list[Booting]:
+        attempts.append(Booting())
+        stack.callback(killed.append, len(attempts))
+        return attempts[-1:]
+
+    with contextlib.ExitStack() as stack:
+        if panics == 3:
+            with pytest.raises(machine.GuestError):
+                machine.boot(stack, start)
+        else:
+            assert machine.boot(stack, start) == attempts[-1:]
+            assert killed == list(range(1, panics + 1))
+    assert len(attempts) == min(panics + 1, 3)
+    assert killed == list(range(1, len(attempts) + 1))
+    assert len(list(tmp_path.glob("console-panicked-*.log"))) == min(panics, 2)
+
+
+def test_a_guest_that_ends_without_a_panic_is_not_booted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(LAB))
+    machine = importlib.import_module("machine")
+
+    class Booting:
+        directory = tmp_path
+
+        def wait(self) -> None:
+            raise machine.GuestError("QEMU did not start")
+
+    with contextlib.ExitStack() as stack, pytest.raises(machine.GuestError, match="QEMU"):
+        machine.boot(stack, lambda _: [Booting()])
