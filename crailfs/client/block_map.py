@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from crailfs.client.ranges import RangeSet
+from crailfs.limits import EXTENT_BLOCKS_MAX
 from crailfs.records import Extent, Location
 from crailfs.units import blocks_for
 
@@ -49,16 +50,27 @@ def cut(extent: Extent, first_block: int, end_block: int, block_size_bytes: int)
     )
 
 
-def joined(extents: Sequence[Extent], block_size_bytes: int) -> list[Extent]:
-    """For reading: ``extents``, in file order, with those in one that follow each other in the file
-    and in each replica. Its generations are those of its first part."""
+def joined(
+    extents: Sequence[Extent], first_block: int, end_block: int, block_size_bytes: int
+) -> list[Extent]:
+    """For reading the given blocks: ``extents``, which touch them, in file order, with those in one
+    that follow each other in the file and in each replica. Its generations are those of its first
+    part. At most as many of the blocks come together as one extent may have: what is read at once
+    is held in memory, and registered with a device, at once."""
     found: list[Extent] = []
     parts: list[Extent] = []
+    block_count = 0
     for extent in extents:
-        if parts and not _continues(parts[-1], extent, block_size_bytes):
+        begin, end = extent.file_block, extent.file_block + extent.block_count
+        wanted = min(end, end_block) - max(begin, first_block)
+        if parts and (
+            block_count + wanted > EXTENT_BLOCKS_MAX
+            or not _continues(parts[-1], extent, block_size_bytes)
+        ):
             found.append(_join(parts))
-            parts = []
+            parts, block_count = [], 0
         parts.append(extent)
+        block_count += wanted
     if parts:
         found.append(_join(parts))
     return found

@@ -176,7 +176,7 @@ class Reader:
         end = blocks_for(offset + byte_count, block_size)
         extents = blocks.overlapping(first, end)
         if len(extents) > 1:
-            extents = joined(extents, block_size)
+            extents = joined(extents, first, end, block_size)
         if not pending and len(extents) == 1:
             extent = extents[0]
             extent_end = extent.file_block + extent.block_count

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crailfs.client.block_map import BlockMap, cut, joined
+from crailfs.limits import EXTENT_BLOCKS_MAX
 from crailfs.records import Extent, Location
 
 BLOCK = 4096
@@ -112,7 +113,7 @@ def test_what_is_joined_is_what_was_cut(data: st.DataObject) -> None:
         for extent in whole
         if extent.file_block < end and begin < extent.file_block + extent.block_count
     ]
-    found = joined(parts, BLOCK)
+    found = joined(parts, 0, 64, BLOCK)
     assert [(each.file_block, each.block_count) for each in found] == [
         (0, 24), (24, 8), (40, 8), (48, 8), (56, 8)
     ]  # fmt: skip
@@ -120,3 +121,24 @@ def test_what_is_joined_is_what_was_cut(data: st.DataObject) -> None:
     assert b"".join(each.checksums for each in found) == b"".join(
         extent.checksums for extent in whole
     )
+
+
+def test_no_more_is_joined_than_one_extent_may_have() -> None:
+    def part(file_block: int, block_count: int) -> Extent:
+        place = Location(1, file_block, 3)
+        return Extent(file_block, block_count, BLOCK, BLOCK, (place,), bytes(8 * block_count))
+
+    parts = [part(0, 28), part(28, EXTENT_BLOCKS_MAX), part(156, EXTENT_BLOCKS_MAX)]
+
+    def block_counts(first_block: int, end_block: int) -> list[int]:
+        touched = [
+            each
+            for each in parts
+            if each.file_block < end_block and first_block < each.file_block + each.block_count
+        ]
+        return [each.block_count for each in joined(touched, first_block, end_block, BLOCK)]
+
+    assert block_counts(0, 284) == [28, 128, 128]
+    assert block_counts(0, 128) == [28 + 128], "128 blocks of them are wanted"
+    assert block_counts(100, 228) == [128 + 128]
+    assert block_counts(100, 229) == [128, 128]

@@ -16,7 +16,7 @@ from crailfs.errors import (
     NotFoundError,
     TooLargeError,
 )
-from crailfs.limits import FILE_SIZE_MAX_BYTES
+from crailfs.limits import EXTENT_BLOCKS_MAX, FILE_SIZE_MAX_BYTES
 from crailfs.net.sending import Buffer
 from crailfs.records import NodeKind, Run
 from crailfs.transports.tcp import TcpTransport
@@ -312,7 +312,8 @@ async def test_values_of_tables_use_no_more_space_than_they_need(tmp_path: Path)
 async def test_neighbouring_blocks_go_in_one_operation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of one grant are written so, and all of them read, whatever was taken ahead."""
+    """Those of one grant are written so, whatever was taken ahead; and as many as an extent may
+    have are read so, whatever was granted and committed together."""
     written: list[Run] = []
     read_blocks: list[int] = []
     write, read = TcpTransport.write, TcpTransport.read
@@ -345,6 +346,13 @@ async def test_neighbouring_blocks_go_in_one_operation(
             assert sum(run.block_count for run in written) == end - begin
             assert len(merge_runs(written)) == len(written)
         # There was nothing but this file to take blocks: all follow each other.
+        for begin in range(0, 600, EXTENT_BLOCKS_MAX):
+            end = min(begin + EXTENT_BLOCKS_MAX, 600)
+            read_blocks.clear()
+            data_read = await file.read(begin * BLOCK, (end - begin) * BLOCK)
+            assert data_read == data[begin * BLOCK : end * BLOCK]
+            assert read_blocks == [end - begin]
+        read_blocks.clear()
         assert await file.read(0, 600 * BLOCK) == data
-        assert read_blocks == [600]
+        assert max(read_blocks) <= EXTENT_BLOCKS_MAX
         await file.close()
