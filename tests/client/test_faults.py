@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 from msgspec.structs import replace
 
-from crailfs.client.filesystem import FileSystem
+from crailfs.client.filesystem import FileSystem, OpenFile
 from crailfs.config import RegionConfig
 from crailfs.errors import FencedError, UnavailableError
 from crailfs.net.client import RpcClient
@@ -269,8 +271,12 @@ async def test_a_flush_that_waits_when_the_session_ends_is_told_so(tmp_path: Pat
         assert await content(await open_by_name(client)) == b"again"
 
 
-async def test_a_commit_that_was_carried_out_but_not_answered(tmp_path: Path) -> None:
-    """The other client takes its time to drop what it cached, beyond the writer's deadline."""
+@asynccontextmanager
+async def written_once(
+    tmp_path: Path,
+) -> AsyncIterator[tuple[FileSystem, OpenFile, trio.Event]]:
+    """A client that knows a file, and the file as the one that wrote it has it open: it waits 0.3 s
+    for an answer, and the first takes its time to drop what it cached, until the event."""
     async with (
         running_cluster(tmp_path) as cluster,
         cluster.client() as slow,
@@ -286,6 +292,12 @@ async def test_a_commit_that_was_carried_out_but_not_answered(tmp_path: Path) ->
             await proceed.wait()
 
         slow.on_invalidate = on_invalidate
+        yield slow, file, proceed
+
+
+async def test_a_commit_that_was_carried_out_but_not_answered(tmp_path: Path) -> None:
+    """The other client takes its time to drop what it cached, beyond the writer's deadline."""
+    async with written_once(tmp_path) as (slow, file, proceed):
         await file.write(3, b" two" * BLOCK)
         with pytest.raises(UnavailableError):
             await file.flush()
@@ -297,21 +309,7 @@ async def test_a_commit_that_was_carried_out_but_not_answered(tmp_path: Path) ->
 
 
 async def test_fsync_makes_durable_what_an_unanswered_commit_carried_out(tmp_path: Path) -> None:
-    async with (
-        running_cluster(tmp_path) as cluster,
-        cluster.client() as slow,
-        FileSystem.connect(cluster.client_config(operation_timeout_ms=300)) as client,
-    ):
-        file = await create(client)
-        await file.write(0, b"one")
-        await file.flush()
-        assert await content(await open_by_name(slow)) == b"one"
-        proceed = trio.Event()
-
-        async def on_invalidate(entries: tuple[Invalidation, ...]) -> None:
-            await proceed.wait()
-
-        slow.on_invalidate = on_invalidate
+    async with written_once(tmp_path) as (slow, file, proceed):
         await file.write(3, b" two")
         with pytest.raises(UnavailableError):
             await file.flush()

@@ -320,18 +320,24 @@ async def test_what_is_opened_while_it_is_removed_can_be_read_or_is_gone(tmp_pat
                 await client.open(file.ino)  # it would promise bytes that are going
 
 
-@pytest.mark.parametrize("writer", ["this client, before it opened the file anew", "another"])
-async def test_fsync_flushes_what_was_written_through_other_handles(
-    tmp_path: Path, writer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flushed: list[object] = []
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[DiskMedium]:
+    """The disk region, once for each flush."""
+    flushes: list[DiskMedium] = []
     flush = DiskMedium.flush
 
-    async def counted(medium: DiskMedium) -> bool:
-        flushed.append(medium)
+    async def noted(medium: DiskMedium) -> bool:
+        flushes.append(medium)
         return await flush(medium)
 
-    monkeypatch.setattr(DiskMedium, "flush", counted)
+    monkeypatch.setattr(DiskMedium, "flush", noted)
+    return flushes
+
+
+@pytest.mark.parametrize("writer", ["this client, before it opened the file anew", "another"])
+async def test_fsync_flushes_what_was_written_through_other_handles(
+    tmp_path: Path, writer: str, flushed: list[DiskMedium]
+) -> None:
     async with (
         running_cluster(tmp_path) as cluster,
         cluster.client("tcp") as here,
@@ -356,16 +362,8 @@ async def test_fsync_flushes_what_was_written_through_other_handles(
 
 
 async def test_fsync_of_a_file_with_more_extents_than_a_client_reads_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, flushed: list[DiskMedium], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flushed: list[object] = []
-    flush = DiskMedium.flush
-
-    async def counted(medium: DiskMedium) -> bool:
-        flushed.append(medium)
-        return await flush(medium)
-
-    monkeypatch.setattr(DiskMedium, "flush", counted)
     monkeypatch.setattr(get_extents, "EXTENT_PAGE_MAX", 1)
     async with (
         running_cluster(tmp_path) as cluster,
