@@ -21,8 +21,8 @@ from crailfs.units import MIB
 
 pytestmark = pytest.mark.timeout(400)
 
-WAKEUPS_BY_RUN_MAX = 0.25
-"""Over what idle servers do. A server that were woken for each run of blocks would have 1."""
+WAKEUPS_BY_MIB_MAX = 0.5
+"""Over what idle servers do. A server that were woken for each block would have 16."""
 
 
 @pytest.fixture(scope="module")
@@ -93,4 +93,4 @@ def test_the_server_has_no_part_in_it(tier: str, request: pytest.FixtureRequest)
         assert count.tcp_operations == 0, count
     # Over all of them: timers do not tick evenly in a guest, and a few seconds of each say little.
     more = sum(count.server_wakeups - count.server_idle_wakeups for count in counts)
-    assert more <= WAKEUPS_BY_RUN_MAX * sum(count.runs for count in counts), counts
+    assert more <= WAKEUPS_BY_MIB_MAX * sum(count.byte_count for count in counts) / MIB, counts
