@@ -44,11 +44,11 @@ SEED = int(os.environ.get("CRAIL_TEST_SEED", "20261205"))
 DEVICE_BYTES = 64 * MIB
 LOG_BYTES = 640 * MIB
 PMEM_REGION_BYTES = 16 * MIB
-DURABLE_STEPS = 10
+DURABLE_STEPS = 12
 ATOM_BYTES = {Tier.NVME: write_log.SECTOR_BYTES, Tier.PMEM: 4096}
 """What is never torn itself. ext4 does not mount with half a superblock, and asks disks for more
 than their sectors."""
-STATES = 12
+STATES = 24
 """That are made again, besides those after each durable step; half of them between flushes."""
 MOUNTPOINT = Path("/run/recorded")
 
